@@ -1,0 +1,13 @@
+//! Tokens → request keys.
+//!
+//! A request key is a chained 64-bit hash: it names a block together with everything before it.
+//! All three algorithms share one shape, `key(i) = H(key(i-1), tokens of block i, extras of block
+//! i)`, rooted in seed, model and LoRA name.
+
+mod algorithm;
+mod prompt;
+
+pub use self::{
+    algorithm::{Algorithm, Scheme},
+    prompt::{MultimodalItem, Prompt, PromptError},
+};

@@ -1,0 +1,312 @@
+//! The rows that the index knows, and what each row's answer can be trusted for.
+//!
+//! Written by ingest, read by the API. A reader takes one snapshot ([`Fleet::table`]) and works on
+//! it: slots in it are the ones that the index answers with.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use crate::{
+    hash::Scheme,
+    index::{BlockIndex, PodSpec},
+    model::{CountMode, PodSlot, PodState, RowId},
+};
+
+/// Visibility instants remembered per row for `WaitVisible`.
+pub const VISIBLE_HISTORY: usize = 4096;
+
+/// A publisher as declared: by configuration, a pods file, discovery or `RegisterPod`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodDeclaration {
+    /// Name of the pod; the EPP matches endpoints by it.
+    pub pod: String,
+    /// `tcp://host:port` of the PUB socket, or `http://host:port` of the engine, which is asked.
+    pub endpoint: String,
+    /// `tcp://host:port` of the replay socket.
+    pub replay_endpoint: Option<String>,
+    /// Model name; otherwise the topic's, otherwise what the engine's `/v1/models` names.
+    pub model: Option<String>,
+    /// Data-parallel rank; otherwise the batch's.
+    pub rank: Option<u32>,
+    /// Only topics with this prefix.
+    pub topic_filter: String,
+    /// `vllm`, `sglang` or empty: by content.
+    pub engine: String,
+    /// Version of the engine, for behaviour that the stream does not show.
+    pub engine_version: Option<String>,
+    /// Index streams of engines whose hashes are not chained (SGLang before 0.5.7).
+    pub trust_unchained: bool,
+    /// How stores and removals add up.
+    pub count_mode: CountMode,
+    /// The engine's block size, if it is not to be learnt from events.
+    pub block_size: Option<u32>,
+    /// First sequence of a life of the engine.
+    pub first_sequence: u64,
+}
+
+/// What a row is, fixed for its life.
+#[derive(Debug)]
+pub struct Row {
+    /// Pod and rank.
+    pub id: RowId,
+    /// Number in the index and in compact answers.
+    pub slot: PodSlot,
+    /// Model that roots its request keys; empty while none is known (then nothing is indexed).
+    pub model: Arc<str>,
+    /// Where its events come from.
+    pub endpoint: Arc<str>,
+    /// Hash settings of its model.
+    pub scheme: Arc<Scheme>,
+    status: Mutex<RowStatus>,
+    progress: watch::Sender<Progress>,
+    visible: Mutex<VecDeque<(u64, u64)>>,
+}
+
+/// How far a row's stream is applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Lives of the publisher noticed so far; starts at 1.
+    pub epoch: u64,
+    /// Last sequence that is visible to lookups.
+    pub applied: Option<u64>,
+}
+
+/// What changes during a row's life, other than its [`Progress`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RowStatus {
+    /// Trust, without the stale overlay.
+    pub state: PodState,
+    /// Why it is partial or degraded; empty otherwise.
+    pub reason: String,
+    /// Overlay: disconnected, or traffic without events.
+    pub stale: bool,
+    /// The stream's connection is up. Always true for bind mode.
+    pub connected: bool,
+    /// Last sequence received, applied or not.
+    pub seen: Option<u64>,
+    /// From the newest applied batch's timestamp to its visibility, microseconds.
+    pub lag_us: i64,
+    /// Gaps noticed.
+    pub gaps: u64,
+    /// Replays asked for.
+    pub replays: u64,
+    /// Blocks that ever waited for an unknown parent.
+    pub orphans: u64,
+    /// Events that were skipped because they could not be used.
+    pub rejected_events: u64,
+    /// Wall clock of the last applied batch, nanoseconds since the Unix epoch; 0 = never.
+    pub last_applied_unix_ns: u64,
+}
+
+impl RowStatus {
+    /// May the score be lower than the engine's cache?
+    #[must_use]
+    pub fn may_undercount(&self) -> bool {
+        self.stale || self.state != PodState::Live
+    }
+
+    /// May the score be higher than the engine's cache?
+    #[must_use]
+    pub fn may_overcount(&self) -> bool {
+        self.stale || self.state == PodState::Degraded
+    }
+}
+
+impl Row {
+    /// A copy of the changing part.
+    #[must_use]
+    pub fn status(&self) -> RowStatus {
+        lock(&self.status).clone()
+    }
+
+    /// Changes the status in place.
+    pub fn update(&self, change: impl FnOnce(&mut RowStatus)) {
+        change(&mut lock(&self.status));
+    }
+
+    /// How far the stream is applied, and a way to wait for more.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// Announces that everything up to `sequence` is visible since `unix_ns`.
+    pub fn applied(&self, epoch: u64, sequence: u64, unix_ns: u64) {
+        {
+            let mut visible = lock(&self.visible);
+            if visible.len() == VISIBLE_HISTORY {
+                visible.pop_front();
+            }
+            visible.push_back((sequence, unix_ns));
+        }
+        self.progress.send_replace(Progress { epoch, applied: Some(sequence) });
+    }
+
+    /// Announces a new life: nothing of the old one is visible any more.
+    pub fn new_epoch(&self, epoch: u64) {
+        lock(&self.visible).clear();
+        self.progress.send_replace(Progress { epoch, applied: None });
+    }
+
+    /// When `sequence` of the current epoch became visible, nanoseconds since the Unix epoch; 0 when
+    /// it is not or older than the last [`VISIBLE_HISTORY`].
+    #[must_use]
+    pub fn visible_since(&self, sequence: u64) -> u64 {
+        let visible = lock(&self.visible);
+        if visible.front().is_none_or(|&(first, _)| sequence < first) {
+            return 0;
+        }
+        // A sequence that never came (a hole) became visible with the next one that did.
+        let at = visible.partition_point(|&(applied, _)| applied < sequence);
+        visible.get(at).map_or(0, |&(_, ns)| ns)
+    }
+}
+
+/// An immutable snapshot of the rows.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// In order of registration.
+    pub rows: Vec<Arc<Row>>,
+    by_slot: HashMap<PodSlot, Arc<Row>>,
+    by_pod: HashMap<Arc<str>, Vec<Arc<Row>>>,
+    /// Changes with every registration and removal.
+    pub version: u64,
+}
+
+impl Table {
+    /// The row of a slot.
+    #[must_use]
+    pub fn slot(&self, slot: PodSlot) -> Option<&Arc<Row>> {
+        self.by_slot.get(&slot)
+    }
+
+    /// The rows of a pod, by rank.
+    #[must_use]
+    pub fn pod(&self, pod: &str) -> &[Arc<Row>] {
+        self.by_pod.get(pod).map_or(&[], Vec::as_slice)
+    }
+
+    fn new(rows: Vec<Arc<Row>>, version: u64) -> Self {
+        let by_slot = rows.iter().map(|row| (row.slot, Arc::clone(row))).collect();
+        let mut by_pod: HashMap<Arc<str>, Vec<Arc<Row>>> = HashMap::new();
+        for row in &rows {
+            by_pod.entry(Arc::clone(&row.id.pod)).or_default().push(Arc::clone(row));
+        }
+        for rows in by_pod.values_mut() {
+            rows.sort_by_key(|row| row.id.rank);
+        }
+        Self { rows, by_slot, by_pod, version }
+    }
+}
+
+/// The registry of rows.
+#[derive(Debug)]
+pub struct Fleet {
+    index: Arc<dyn BlockIndex>,
+    table: ArcSwap<Table>,
+    writing: Mutex<()>,
+    changes: watch::Sender<u64>,
+    version: AtomicU64,
+}
+
+impl Fleet {
+    /// An empty fleet over `index`.
+    #[must_use]
+    pub fn new(index: Arc<dyn BlockIndex>) -> Self {
+        // Versions differ between processes, so that a router notices our restart.
+        let start = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(1, |since| since.as_nanos() as u64 >> 12);
+        let version = start.max(1);
+        Self {
+            index,
+            table: ArcSwap::from_pointee(Table { version, ..Table::default() }),
+            writing: Mutex::new(()),
+            changes: watch::Sender::new(0),
+            version: AtomicU64::new(version),
+        }
+    }
+
+    /// The index that the slots refer to.
+    #[must_use]
+    pub fn index(&self) -> &Arc<dyn BlockIndex> {
+        &self.index
+    }
+
+    /// The current rows.
+    #[must_use]
+    pub fn table(&self) -> Arc<Table> {
+        self.table.load_full()
+    }
+
+    /// Wakes at every registration, removal and state change.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Tells watchers that some row's state changed.
+    pub fn changed(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Adds a row; `None` when the index has no slot left.
+    #[must_use]
+    pub fn add(
+        &self,
+        id: RowId,
+        endpoint: &str,
+        scheme: &Arc<Scheme>,
+        model: &Arc<str>,
+        count_mode: CountMode,
+    ) -> Option<Arc<Row>> {
+        let _writing = lock(&self.writing);
+        let slot = self.index.register(PodSpec {
+            scheme: Arc::clone(scheme),
+            model: Arc::clone(model),
+            count_mode,
+        })?;
+        let row = Arc::new(Row {
+            id,
+            slot,
+            model: Arc::clone(model),
+            endpoint: Arc::from(endpoint),
+            scheme: Arc::clone(scheme),
+            status: Mutex::default(),
+            progress: watch::Sender::new(Progress { epoch: 1, applied: None }),
+            visible: Mutex::default(),
+        });
+        let mut rows = self.table.load().rows.clone();
+        rows.push(Arc::clone(&row));
+        self.publish(rows);
+        Some(row)
+    }
+
+    /// Removes a row and its blocks. The slot leaves the table before the index frees it, so that
+    /// no reader of the new table can meet its next owner under the old name.
+    pub fn remove(&self, slot: PodSlot) {
+        let _writing = lock(&self.writing);
+        let mut rows = self.table.load().rows.clone();
+        rows.retain(|row| row.slot != slot);
+        self.publish(rows);
+        self.index.unregister(slot);
+    }
+
+    fn publish(&self, rows: Vec<Arc<Row>>) {
+        let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+        self.table.store(Arc::new(Table::new(rows, version)));
+        self.changed();
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

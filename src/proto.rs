@@ -1,0 +1,16 @@
+//! Generated gRPC code of `proto/`; the comments there are the API reference.
+
+#![expect(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+
+/// Package `kvindexer.v1`: the score API.
+pub mod kvindexer {
+    tonic::include_proto!("kvindexer.v1");
+}
+
+/// Package `indexer.v1`: llm-d's API.
+pub mod llmd {
+    tonic::include_proto!("indexer.v1");
+}
+
+/// The encoded `FileDescriptorSet` of both packages, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -1,0 +1,65 @@
+//! KV-event batches as vLLM 0.9 … 0.33 and SGLang 0.4.7 … 0.5.23 send them.
+
+use crate::model::EngineKey;
+
+/// One KV event, borrowed from the payload and from the reader's scratch space.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event<'a> {
+    /// Blocks were stored.
+    Stored(BlockStored<'a>),
+    /// Blocks were removed.
+    Removed(BlockRemoved<'a>),
+    /// Every block of the publisher is gone, in every tier.
+    Cleared,
+}
+
+/// `BlockStored`: one physical copy of each named block.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BlockStored<'a> {
+    /// Engine keys, in prefix order. May be fewer than the tokens' blocks (sparse groups), or none.
+    pub block_hashes: &'a [EngineKey],
+    /// The block before the first one; absent at the start of a prompt.
+    pub parent: Option<EngineKey>,
+    /// Tokens of the whole span; empty on placeholder (offload) events. EAGLE pairs: first elements.
+    pub tokens: &'a [u32],
+    /// Tokens per block as the engine says; 0 on placeholder events.
+    pub block_size: u32,
+    /// Deprecated numeric adapter id.
+    pub lora_id: Option<u64>,
+    /// Adapter name.
+    pub lora_name: Option<&'a str>,
+    /// The tier's name on the wire.
+    pub medium: Option<&'a str>,
+    /// Extra hash inputs per block, if the event carries any that is not nil.
+    pub extra_keys: Option<ExtraKeys<'a>>,
+    /// SGLang's cache salt.
+    pub cache_salt: Option<&'a str>,
+    /// Attention group of a hybrid model.
+    pub group: Option<u32>,
+    /// `kv_cache_spec_kind`, such as `full_attention`.
+    pub kind: Option<&'a str>,
+    /// Width of the group's sliding window in tokens.
+    pub sliding_window: Option<u32>,
+    /// `LOCAL` or `REMOTE`.
+    pub locality: Option<&'a str>,
+}
+
+/// `BlockRemoved`: one physical copy of each named block is gone.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BlockRemoved<'a> {
+    /// Engine keys.
+    pub block_hashes: &'a [EngineKey],
+    /// The tier's name on the wire.
+    pub medium: Option<&'a str>,
+    /// Attention group of a hybrid model.
+    pub group: Option<u32>,
+    /// `LOCAL` or `REMOTE`.
+    pub locality: Option<&'a str>,
+}
+
+/// Extra hash inputs of an event, one list per block; a view into the validated payload.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExtraKeys<'a> {
+    raw: &'a [u8],
+    blocks: usize,
+}
