@@ -1,1 +1,5 @@
-//! indexer
+//! The kv-indexer service: configuration, gRPC, HTTP admin, wiring.
+
+pub mod api;
+
+pub use self::api::ApiConfig;

@@ -1,4 +1,7 @@
 //! From the engines' ZeroMQ streams to the index.
 
+pub mod config;
 pub mod fleet;
 pub mod sequencer;
+
+pub use self::config::IngestConfig;

@@ -63,3 +63,30 @@ pub struct ExtraKeys<'a> {
     raw: &'a [u8],
     blocks: usize,
 }
+
+/// What one batch may ask for; checked before anything is allocated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of the payload.
+    pub payload_bytes: usize,
+    /// Events in the batch.
+    pub events: usize,
+    /// Blocks in one event.
+    pub blocks: usize,
+    /// Tokens in one event.
+    pub tokens: usize,
+    /// Nesting of msgpack containers.
+    pub depth: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            payload_bytes: 64 << 20,
+            events: 1 << 20,
+            blocks: 1 << 17,
+            tokens: 1 << 22,
+            depth: 32,
+        }
+    }
+}
