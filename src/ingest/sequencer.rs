@@ -230,6 +230,12 @@ impl<P> Sequencer<P> {
             // A replay that was silent may have been the engine's end; it is worth asking anew.
             self.cooldown_until = None;
             self.abandon_heal(now);
+            if self.applied.is_none() {
+                // Nothing tells whether what waits is of this life. If it is, replay has it; if
+                // replay is silent, the pod is partial with it or without.
+                self.held.clear();
+                self.seen = None;
+            }
             self.begin_fill(self.applied, now, out);
             if let Some(fill) = &mut self.fill {
                 // What is held was received before: it does not tell what was missed since.

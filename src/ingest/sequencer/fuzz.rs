@@ -105,6 +105,11 @@ impl Receiver {
         Some(sequence)
     }
 
+    /// What was delivered since the last clear, that one included, or else since the start.
+    pub(crate) fn since_clear(&self) -> &[Message<()>] {
+        self.delivered.get(self.cleared.unwrap_or(0)..).unwrap_or_default()
+    }
+
     fn forget(&mut self) {
         self.delivered.clear();
         self.cleared = None;
@@ -116,7 +121,7 @@ impl Receiver {
         if self.state != PodState::Live {
             return;
         }
-        let since = self.delivered.get(self.cleared.unwrap_or(0)..).unwrap_or_default();
+        let since = self.since_clear();
         if self.cleared.is_none() {
             let first = since.first().map_or(0, |message| message.sequence);
             assert!(first <= self.config.first_sequence, "live from {first}");

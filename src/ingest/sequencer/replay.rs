@@ -269,8 +269,11 @@ impl<P> Sequencer<P> {
                 // Its hash was compared before: same life.
                 return self.fill_advanced(now, out);
             }
-            // The last applied one rolled out of the engine's buffer: nothing to compare.
-            self.drain(out);
+            // The last applied one rolled out of the engine's buffer: nothing to compare. Even
+            // without a hole this may be another life, so its blocks are in doubt.
+            let at = message.sequence;
+            self.plan.hopeless();
+            self.degrade(Reason::HistoryStarts { at }, at, out);
         }
         let tries = self.fill.as_ref().map_or(0, |fill| fill.attempt.tries);
         let expected = self.expected();
