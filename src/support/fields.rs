@@ -151,7 +151,11 @@ impl Unknown {
         let mut message = "unknown field".to_owned();
         if let Some(name) = closest(&self.name, self.siblings.iter().copied()) {
             message = format!("{message}; did you mean `{name}`?");
-        } else if let Some(path) = asked.iter().find(|path| last_name(path) == self.name) {
+        } else if let Some(path) = asked
+            .iter()
+            .filter(|path| last_name(path) == self.name)
+            .min_by_key(|path| path.matches('.').count())
+        {
             message = format!("{message} here; it belongs at `{path}`");
         }
         Fault::new(child(&self.parent, &self.name), message)

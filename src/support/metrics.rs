@@ -141,11 +141,14 @@ impl Usage {
     }
 }
 
+/// A gauge's value, if it could be read.
+type Value = fn(&Usage) -> Option<f64>;
+
 /// Collector of the `process_*` metrics.
 struct Process {
     scraping: Mutex<()>,
     cpu: Counter,
-    gauges: [(Gauge, fn(&Usage) -> Option<f64>); 6],
+    gauges: [(Gauge, Value); 6],
 }
 
 impl Process {

@@ -36,7 +36,8 @@ impl Document {
     /// number that is not finite.
     pub fn parse(text: &str) -> Result<Self, Fault> {
         let places = RefCell::default();
-        let options = serde_saphyr::options! { with_snippet: false };
+        // Strict: in YAML 1.2 a pod named `n` or `on` is no boolean.
+        let options = serde_saphyr::options! { with_snippet: false, strict_booleans: true };
         let node = Node { path: String::new(), places: &places };
         let value = serde_saphyr::with_deserializer_from_str_with_options(text, options, |de| {
             node.deserialize(de)
@@ -184,6 +185,8 @@ mod tests {
         assert_eq!(Document::parse(json).unwrap().value, want);
         let escaped = Document::parse(r#"{"s": "a\/b \ud83d\ude00"}"#).unwrap().value;
         assert_eq!(escaped, json!({"s": "a/b 😀"}));
+        let words = Document::parse("[n, on, yes, true]").unwrap().value;
+        assert_eq!(words, json!(["n", "on", "yes", true]));
         assert_eq!(Document::parse("").unwrap().value, Value::Null);
         assert_eq!(Document::parse("# only a comment\n").unwrap().value, Value::Null);
     }
