@@ -8,7 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::Parser;
+use clap::{
+    Parser,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 
 use crate::{
     indexer::config::{Flags, IndexerConfig},
@@ -27,7 +30,7 @@ pub const EX_USAGE: u8 = 64;
 #[command(name = "kv-indexer", version, about)]
 pub struct Args {
     /// Configuration file, YAML or JSON; without one, the defaults hold.
-    #[arg(long, env = "KV_INDEXER_CONFIG", value_name = "FILE")]
+    #[arg(long, env = "KV_INDEXER_CONFIG", value_name = "FILE", value_parser = any_path())]
     pub config: Option<PathBuf>,
     /// Check the configuration, print every fault and warning, and exit.
     #[arg(long)]
@@ -169,6 +172,11 @@ fn say_valid(config: &IndexerConfig, out: &mut dyn Write) -> io::Result<()> {
 fn read(path: &Path) -> Result<String, Fault> {
     std::fs::read_to_string(path)
         .map_err(|error| Fault::new("--config", format!("reading {}: {error}", path.display())))
+}
+
+/// Unlike clap's own parser, takes an empty path.
+fn any_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 fn parse_level(text: &str) -> Result<String, String> {
