@@ -78,10 +78,6 @@ impl Applier {
         }
     }
 
-    pub(crate) fn row(&self) -> &Arc<Row> {
-        &self.row
-    }
-
     fn index(&self) -> &dyn BlockIndex {
         &**self.shared.fleet.index()
     }
@@ -168,7 +164,7 @@ impl Applier {
                         }
                         Err(error) => {
                             rejected += 1;
-                            metrics.rejected.with_label_values(&[error.reason()]).inc();
+                            metrics.reject(error.reason());
                             tracing::debug!(pod = %self.row.id, sequence, %error, "Event skipped.");
                             if !matches!(error, EventError::UnknownTag { .. }) {
                                 self.damage(sequence);
@@ -180,7 +176,7 @@ impl Applier {
             }
             Err(error) => {
                 rejected += 1;
-                metrics.rejected.with_label_values(&[error.reason()]).inc();
+                metrics.reject(error.reason());
                 tracing::debug!(pod = %self.row.id, sequence, %error, "Batch skipped.");
                 self.damage(sequence);
             }

@@ -94,6 +94,10 @@ pub struct RowStatus {
     pub seen: Option<u64>,
     /// From the newest applied batch's timestamp to its visibility, microseconds.
     pub lag_us: i64,
+    /// Live messages received.
+    pub messages: u64,
+    /// Times that the connection was made again.
+    pub reconnections: u64,
     /// Gaps noticed.
     pub gaps: u64,
     /// Replays asked for.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    ingest::{apply::Applier, fleet::lock, sequencer::Reason},
+    ingest::{apply::Applier, fleet::lock, frame::Frame, sequencer::Reason},
     model::{CountMode, PodState},
 };
 
@@ -26,7 +26,7 @@ const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// What a queue carries, in order.
 #[derive(Debug)]
 pub(crate) enum Item {
-    Batch { sequence: u64, payload: zmq::Message },
+    Batch { sequence: u64, payload: Frame },
     Reset { epoch: u64 },
     Rebuild,
     CountMode(Option<CountMode>),
@@ -86,10 +86,6 @@ impl Pipe {
 
     pub(crate) fn take_cleared(&self) -> Option<(u64, u64)> {
         lock(&self.cleared).take()
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        !self.scheduled.load(Ordering::Acquire)
     }
 
     /// Applies up to one turn of items; `true` when there are more.
@@ -158,7 +154,7 @@ struct Stopped;
 pub(crate) struct Lanes {
     ready: Vec<Arc<Ready>>,
     pipes: Arc<Mutex<Vec<(usize, Weak<Pipe>)>>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     next: AtomicUsize,
 }
 
@@ -172,7 +168,7 @@ impl Lanes {
         let mut lanes = Self {
             ready: Vec::new(),
             pipes: Arc::default(),
-            threads: Vec::new(),
+            threads: Mutex::default(),
             next: AtomicUsize::new(0),
         };
         for lane in 0..count.max(1) {
@@ -182,7 +178,7 @@ impl Lanes {
                 .name(format!("lane-{lane}"))
                 .spawn(move || run(lane, &own, &pipes))?;
             lanes.ready.push(ready);
-            lanes.threads.push(thread);
+            lock(&lanes.threads).push(thread);
         }
         Ok(lanes)
     }
@@ -207,19 +203,20 @@ impl Lanes {
 
     /// Lets the lanes finish what is queued, for `patience` at most, and joins them. Returns
     /// whether everything was applied.
-    pub(crate) fn stop(&mut self, patience: Duration) -> bool {
+    pub(crate) fn stop(&self, patience: Duration) -> bool {
         for ready in &self.ready {
             lock(&ready.list).1 = true;
             ready.more.notify_all();
         }
+        let mut threads = lock(&self.threads);
         let deadline = Instant::now() + patience;
-        while self.threads.iter().any(|thread| !thread.is_finished()) {
+        while threads.iter().any(|thread| !thread.is_finished()) {
             if Instant::now() >= deadline {
                 return false;
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        for thread in self.threads.drain(..) {
+        for thread in threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("A lane panicked.");
             }

@@ -4,7 +4,7 @@ use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, core::Collector,
 };
 
-use crate::ingest::sequencer::Counter;
+use crate::ingest::{fleet::Row, sequencer::Counter};
 
 /// Lag from an engine's batch timestamp to its visibility: tens of microseconds on one host,
 /// seconds when a queue backs up or clocks differ.
@@ -129,6 +129,26 @@ impl IngestMetrics {
                 )?,
             )?,
         })
+    }
+
+    /// Counts a batch or event that cannot be used.
+    pub(crate) fn reject(&self, reason: &str) {
+        self.rejected.with_label_values(&[reason]).inc();
+    }
+
+    /// Counts a message of a publisher that is not admitted.
+    pub(crate) fn refuse(&self, reason: &str) {
+        self.refused_publishers.with_label_values(&[reason]).inc();
+    }
+
+    /// Counts what a sequencer noticed, in all and for the row.
+    pub(crate) fn notice(&self, counter: Counter, row: &Row) {
+        self.sequencer.with_label_values(&[counter.as_str()]).inc();
+        row.update(|status| match counter {
+            Counter::Gap => status.gaps += 1,
+            Counter::Replay => status.replays += 1,
+            _ => {}
+        });
     }
 }
 

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use super::IndexerConfig;
 use crate::{
     hash::{Algorithm, Scheme},
-    indexer::api::Models,
+    hash::Models,
     support::fields::Fields,
 };
 
