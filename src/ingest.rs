@@ -204,8 +204,8 @@ impl Ingest {
 
     /// Closes the sockets, applies what is queued for `patience` at most, and joins the threads.
     /// Returns whether everything was applied.
-    pub fn stop(&mut self, patience: Duration) -> bool {
-        for subscriber in &mut self.subscribers {
+    pub fn stop(&self, patience: Duration) -> bool {
+        for subscriber in &self.subscribers {
             subscriber.stop();
         }
         self.context.lanes.stop(patience)

@@ -1,6 +1,6 @@
 //! Generated gRPC code of `proto/`; the comments there are the API reference.
 
-#![expect(missing_docs, clippy::all, reason = "generated code")]
+#![expect(missing_docs, clippy::all, clippy::allow_attributes, reason = "generated code")]
 
 /// Package `kvindexer.v1`: the score API.
 pub mod kvindexer {

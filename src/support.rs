@@ -6,5 +6,6 @@
 pub mod admin;
 pub mod fields;
 pub mod metrics;
+pub mod signal;
 pub mod task;
 pub mod telemetry;

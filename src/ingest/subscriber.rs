@@ -50,7 +50,7 @@ pub(crate) struct Subscriber {
     commands: SyncSender<Command>,
     wake: Mutex<zmq::Socket>,
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl std::fmt::Debug for Subscriber {
@@ -85,7 +85,7 @@ impl Subscriber {
         let thread = std::thread::Builder::new()
             .name(format!("subscriber-{number}"))
             .spawn(move || worker.run())?;
-        Ok(Self { commands, wake: Mutex::new(wake), stop, thread: Some(thread) })
+        Ok(Self { commands, wake: Mutex::new(wake), stop, thread: Mutex::new(Some(thread)) })
     }
 
     /// Hands over a command; `false` when the thread has more than it can take.
@@ -104,10 +104,10 @@ impl Subscriber {
     }
 
     /// Closes the sockets and joins the thread.
-    pub(crate) fn stop(&mut self) {
+    pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.nudge();
-        if let Some(thread) = self.thread.take()
+        if let Some(thread) = lock(&self.thread).take()
             && thread.join().is_err()
         {
             tracing::error!("A subscriber thread panicked.");

@@ -1,0 +1,117 @@
+//! The gRPC listener: services, health, reflection, limits, drain.
+
+use std::time::Duration;
+
+use tokio::{net::TcpListener, sync::watch};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Server, server::TcpIncoming};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    indexer::service::Service,
+    proto::{
+        DESCRIPTORS,
+        kvindexer::kv_indexer_server::{self, KvIndexerServer},
+        llmd::indexer_service_server::{self, IndexerServiceServer},
+    },
+};
+
+/// The services that health answers for; the empty name is the server as a whole.
+const NAMES: [&str; 3] =
+    ["", kv_indexer_server::SERVICE_NAME, indexer_service_server::SERVICE_NAME];
+
+/// A connection silent for this long is pinged, and given up when the answer takes as long again:
+/// a router that vanished without a FIN must not hold streams for ever.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// HTTP/2 windows: a message of a million tokens should not need sixty round trips.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Serves both APIs on `listener` until `stop`, then lets calls in flight end for at most `drain`.
+///
+/// Health is SERVING for all names while `ready` is true. Set it to false some time before `stop`,
+/// so that load balancers notice.
+///
+/// # Errors
+///
+/// When the transport fails; when calls outlast `drain`.
+pub async fn serve(
+    listener: TcpListener,
+    service: Service,
+    ready: watch::Receiver<bool>,
+    stop: CancellationToken,
+    drain: Duration,
+) -> anyhow::Result<()> {
+    let (reporter, health_server) = tonic_health::server::health_reporter();
+    let now = *ready.borrow();
+    report(&reporter, now).await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let (limit, calls) =
+        (service.config().max_message_bytes, service.config().max_concurrent_calls);
+    let ours = KvIndexerServer::new(service.clone())
+        .max_decoding_message_size(limit)
+        .max_encoding_message_size(limit);
+    let llmd = IndexerServiceServer::new(service.clone())
+        .max_decoding_message_size(limit)
+        .max_encoding_message_size(limit);
+    let router = Server::builder()
+        .max_concurrent_streams(calls)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .add_service(health_server)
+        .add_service(reflection)
+        .add_service(ours)
+        .add_service(llmd);
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let serving = router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+    let health = watch_health(reporter, ready, stop.clone());
+    let late = async {
+        stop.cancelled().await;
+        tokio::time::sleep(drain).await;
+    };
+    tokio::select! {
+        (served, ()) = async { tokio::join!(serving, health) } => served?,
+        () = late => anyhow::bail!("calls in flight outlasted the drain of {drain:?}"),
+    }
+    tokio::time::timeout(drain, service.drained()).await?;
+    Ok(())
+}
+
+async fn report(reporter: &HealthReporter, ready: bool) {
+    let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for name in NAMES {
+        reporter.set_service_status(name, status).await;
+    }
+}
+
+/// Follows `ready` until `stop`, then ends the health watches, which would outlast any drain.
+async fn watch_health(
+    mut reporter: HealthReporter,
+    mut ready: watch::Receiver<bool>,
+    stop: CancellationToken,
+) {
+    loop {
+        let now = *ready.borrow_and_update();
+        report(&reporter, now).await;
+        let changed = async {
+            if ready.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            () = changed => {}
+        }
+    }
+    report(&reporter, false).await;
+    for name in NAMES {
+        reporter.clear_service_status(name).await;
+    }
+}

@@ -1,0 +1,252 @@
+//! Block keys → scores: lookup, and the rows of the answer.
+//!
+//! # Which pod a slot names
+//!
+//! The index answers with slots, and a slot gets a new owner after its pod has gone. A lookup
+//! therefore stands between two reads of the row table: a match counts only if both name the same
+//! row. A pod that is removed meanwhile is absent; one that takes its slot is not credited.
+
+use std::{cmp::Ordering, sync::Arc};
+
+use prost::Message;
+use tokio::time::Instant;
+
+use crate::{
+    index::Match,
+    indexer::{
+        ScoreError,
+        service::{
+            Inner,
+            pods::proto_state,
+            request::{Prepared, TURN_TOKENS},
+        },
+    },
+    ingest::fleet::{Row, Table},
+    model::{PodSlot, RequestKey, TierTable},
+    proto::kvindexer as pb,
+};
+
+/// No row of an answer encodes to more than this, in bytes: a pod id of 512, 16 tiers of at most
+/// 64 characters, numbers. Smaller answers than rows × this need not be measured.
+const ROW_BYTES: usize = 4096;
+
+/// Tier name of speculative entries.
+const SPECULATIVE: &str = "speculative";
+
+/// A row and how much of the prompt it holds.
+#[derive(Debug)]
+struct Scored<'a> {
+    row: &'a Arc<Row>,
+    found: &'a Match,
+}
+
+impl Inner {
+    /// Answers a prepared request; gives other calls a turn now and then.
+    pub(super) async fn score(&self, request: &Prepared) -> Result<pb::ScoreResponse, ScoreError> {
+        let count = request.prompts.len();
+        let table = self.fleet.table();
+        let mut response = pb::ScoreResponse {
+            request_id: request.request_id,
+            prompts: Vec::with_capacity(count),
+            hash_fingerprint: request.head.fingerprint,
+            slot_table_version: table.version,
+            ..pb::ScoreResponse::default()
+        };
+        let (mut found, mut rows, mut since_turn) = (Vec::new(), 0_usize, 0_usize);
+        for (done, keys) in request.prompts.iter().enumerate() {
+            request.head.in_time(done, count)?;
+            let scores = self.score_prompt(request, &table, keys, &mut found);
+            rows = rows.saturating_add(scores.pods.len());
+            response.prompts.push(scores);
+            since_turn += keys.len().saturating_mul(request.head.scheme.block_size() as usize);
+            if since_turn >= TURN_TOKENS {
+                since_turn = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        let limit = self.config.max_message_bytes;
+        if rows.saturating_mul(ROW_BYTES) > limit {
+            let bytes = response.encoded_len();
+            if bytes > limit {
+                return Err(ScoreError::AnswerTooLarge { bytes, limit });
+            }
+        }
+        Ok(response)
+    }
+
+    /// Scores one prompt. `found` is overwritten and can be reused.
+    fn score_prompt(
+        &self,
+        request: &Prepared,
+        table: &Table,
+        keys: &[RequestKey],
+        found: &mut Vec<Match>,
+    ) -> pb::PromptScores {
+        let head = &request.head;
+        let tiers = head.detail == pb::ScoreDetail::Unspecified;
+        self.look_up(table, &head.model, keys, tiers, found);
+        let mut scores = pb::PromptScores {
+            total_blocks: keys.len() as u32,
+            block_size: head.scheme.block_size(),
+            ..pb::PromptScores::default()
+        };
+        let mut best = 0;
+        if request.pods.is_empty() {
+            let mut rows: Vec<Scored<'_>> = found
+                .iter()
+                .filter_map(|found| Some(Scored { row: table.slot(found.slot)?, found }))
+                .collect();
+            let order = |a: &Scored<'_>, b: &Scored<'_>| better(a.found, b.found);
+            keep_best(&mut rows, request.max_pods, order);
+            best = rows.iter().map(|scored| scored.found.depth).max().unwrap_or(best);
+            match head.detail {
+                pb::ScoreDetail::Compact => {
+                    scores.compact = Some(compact(rows.iter().map(|scored| {
+                        let found = scored.found;
+                        (found.slot, found.depth, found.score)
+                    })));
+                }
+                _ => {
+                    scores.pods = rows
+                        .iter()
+                        .map(|scored| pod_score(&self.tiers, scored.row, Some(scored.found), tiers))
+                        .collect();
+                }
+            }
+        } else {
+            let mut rows = requested(table, &request.pods, found);
+            if request.max_pods > 0 {
+                keep_best(&mut rows, request.max_pods, |(_, _, a), (_, _, b)| match (a, b) {
+                    (Some(a), Some(b)) => better(a, b),
+                    (a, b) => b.is_some().cmp(&a.is_some()),
+                });
+            }
+            best = rows.iter().filter_map(|row| Some(row.2?.depth)).max().unwrap_or(best);
+            match head.detail {
+                pb::ScoreDetail::Compact => {
+                    // An unknown pod has no slot, so a compact answer cannot name it.
+                    let all = rows.iter().filter_map(|&(_, row, found)| {
+                        let (depth, score) =
+                            found.map_or((0, 0.0), |found| (found.depth, found.score));
+                        Some((row?.slot, depth, score))
+                    });
+                    scores.compact = Some(compact(all));
+                }
+                _ => {
+                    scores.pods = rows
+                        .iter()
+                        .map(|&(pod, row, found)| match row {
+                            Some(row) => pod_score(&self.tiers, row, found, tiers),
+                            None => pb::PodScore { pod: pod.to_owned(), ..Default::default() },
+                        })
+                        .collect();
+                }
+            }
+        }
+        self.metrics.prompt(keys.len(), best);
+        scores
+    }
+
+    /// The rows of `model` that hold a prefix of `keys`, in slot order.
+    pub(super) fn look_up(
+        &self,
+        table: &Table,
+        model: &str,
+        keys: &[RequestKey],
+        tiers: bool,
+        found: &mut Vec<Match>,
+    ) {
+        found.clear();
+        if keys.is_empty() {
+            return;
+        }
+        let start = Instant::now();
+        self.fleet.index().lookup(keys, tiers, found);
+        self.metrics.looked_up(start.elapsed());
+        let after = self.fleet.table();
+        found.retain(|found| {
+            // The model is part of xxh3 keys. llm-d's algorithms let an adapter's name replace it,
+            // and then pods of another base model hold equal keys.
+            table.slot(found.slot).is_some_and(|row| {
+                *row.model == *model
+                    && (after.version == table.version
+                        || after.slot(found.slot).is_some_and(|now| Arc::ptr_eq(row, now)))
+            })
+        });
+    }
+}
+
+type Requested<'a> = (&'a str, Option<&'a Arc<Row>>, Option<&'a Match>);
+
+/// One entry for each row of each requested pod, in order; `found` is in slot order.
+fn requested<'a>(table: &'a Table, pods: &'a [String], found: &'a [Match]) -> Vec<Requested<'a>> {
+    let mut rows = Vec::with_capacity(pods.len());
+    for pod in pods {
+        let known = table.pod(pod);
+        if known.is_empty() {
+            rows.push((pod.as_str(), None, None));
+        }
+        rows.extend(known.iter().map(|row| {
+            let at = found.binary_search_by_key(&row.slot, |found| found.slot).ok();
+            (pod.as_str(), Some(row), at.and_then(|at| found.get(at)))
+        }));
+    }
+    rows
+}
+
+/// Best first: by score, then by depth, then by slot, so that equal answers have equal order.
+fn better(a: &Match, b: &Match) -> Ordering {
+    b.score.total_cmp(&a.score).then(b.depth.cmp(&a.depth)).then(a.slot.cmp(&b.slot))
+}
+
+/// Sorts by `order` and keeps the first `most`; 0 keeps all.
+fn keep_best<T>(rows: &mut Vec<T>, most: usize, order: impl Fn(&T, &T) -> Ordering) {
+    if most > 0 && most < rows.len() {
+        rows.select_nth_unstable_by(most, &order);
+        rows.truncate(most);
+    }
+    rows.sort_by(order);
+}
+
+fn compact(rows: impl Iterator<Item = (PodSlot, u32, f64)>) -> pb::CompactScores {
+    let mut compact = pb::CompactScores::default();
+    let mut plain = true;
+    for (slot, depth, score) in rows {
+        compact.slots.push(slot.0);
+        compact.depths.push(depth);
+        compact.scores.push(score as f32);
+        plain &= score == f64::from(depth);
+    }
+    if plain {
+        compact.scores.clear();
+    }
+    compact
+}
+
+/// The answer's row; without a match, depth 0.
+pub(super) fn pod_score(
+    names: &TierTable,
+    row: &Row,
+    found: Option<&Match>,
+    tiers: bool,
+) -> pb::PodScore {
+    let mut score = pb::PodScore {
+        pod: row.id.pod.to_string(),
+        dp_rank: row.id.rank,
+        state: proto_state(&row.status()).into(),
+        ..pb::PodScore::default()
+    };
+    let Some(found) = found else { return score };
+    score.score = found.score;
+    score.depth = found.depth;
+    score.confirmed_depth = found.confirmed;
+    if tiers {
+        let named = |&(tier, depth)| pb::TierDepth { tier: names.name(tier).to_string(), depth };
+        score.tiers = found.tiers.iter().map(named).collect();
+        if found.speculative > 0 {
+            let tier = SPECULATIVE.to_owned();
+            score.tiers.push(pb::TierDepth { tier, depth: found.speculative });
+        }
+    }
+    score
+}
