@@ -5,5 +5,9 @@
     reason = "helpers of tests; allow-unwrap-in-tests sees only #[test] bodies"
 )]
 
+mod replay_tool;
+mod streams;
+mod support;
+
 #[test]
 fn placeholder() {}
