@@ -1,1 +1,5 @@
 //! x
+mod decode;
+mod model;
+mod model_tests;
+mod truth;
