@@ -49,9 +49,15 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// A program that has nothing to wait for but its sockets.
+/// For the client side of a test: everything on the test's own thread.
 pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// A connected client. Call it on the runtime that uses the client.
+pub(crate) async fn connect(grpc: SocketAddr) -> KvIndexerClient<Channel> {
+    let client = KvIndexerClient::connect(format!("http://{grpc}")).await.unwrap();
+    client.max_decoding_message_size(64 << 20)
 }
 
 /// A running `kv-indexer`. Dropping it stops it with SIGTERM and checks that it ends well.
@@ -75,6 +81,7 @@ impl Indexer {
     }
 
     /// As [`Self::start`], with a configuration file of this content.
+    #[expect(dead_code, reason = "for tests of what only the file can say")]
     pub(crate) fn with_config(yaml: &str, arguments: &[&str]) -> Self {
         let mut file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
         file.write_all(yaml.as_bytes()).unwrap();
@@ -135,12 +142,6 @@ impl Indexer {
                 panic!("{ended}");
             }
         }
-    }
-
-    /// A connected client. Call it on the runtime that uses the client.
-    pub(crate) async fn client(&self) -> KvIndexerClient<Channel> {
-        let client = KvIndexerClient::connect(format!("http://{}", self.grpc)).await.unwrap();
-        client.max_decoding_message_size(64 << 20)
     }
 
     /// `GET path` on the admin server: status and body.

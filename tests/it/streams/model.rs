@@ -214,6 +214,12 @@ struct Group {
 }
 
 impl Held {
+    /// As if window groups asked for nothing.
+    pub(crate) fn without_windows(mut self) -> Self {
+        self.0.retain(|group| group.window.is_none());
+        self
+    }
+
     /// Window and held nodes of each group.
     pub(crate) fn groups(&self) -> impl Iterator<Item = (Option<usize>, &HashSet<NodeId>)> {
         self.0.iter().map(|group| (group.window, &group.nodes))

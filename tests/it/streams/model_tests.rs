@@ -1,7 +1,9 @@
 //! The reference model on recorded streams and on chains small enough to check by hand. None of these
 //! needs an indexer.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+
+use kv_indexer::hash::{Algorithm, MultimodalItem, Prompt, Scheme};
 
 use crate::streams::{
     decode::{Event, Extra, Key, Stored},
@@ -13,8 +15,8 @@ use crate::streams::{
 #[test]
 fn truth_is_what_the_events_say() {
     let mut moments = 0;
-    for fixture in Fixture::all() {
-        let name = &fixture.name;
+    for name in Fixture::names() {
+        let fixture = Fixture::load(&name);
         replay(&fixture, |worker, rank, at| {
             let moment = &rank.moments[at];
             let rank = rank.stream.rank;
@@ -23,7 +25,7 @@ fn truth_is_what_the_events_say() {
         });
         assert!(fixture.ranks.iter().all(|rank| !rank.moments.is_empty()), "{name}");
     }
-    assert_eq!(Fixture::all().len(), 29);
+    assert_eq!(Fixture::names().len(), 29);
     assert!(moments > 140, "{moments}");
 }
 
@@ -54,7 +56,7 @@ fn the_other_semantics_is_noticed() {
 #[test]
 fn depth_is_a_walk_where_blocks_coincide() {
     let mut deep = 0;
-    for fixture in Fixture::all().iter().filter(|fixture| !fixture.is_big()) {
+    for fixture in &Fixture::small() {
         let (chains, workers) = replay(fixture, |_, _, _| {});
         let requests = Requests::new(&chains, fixture.block_size);
         for (rank, worker) in fixture.ranks.iter().zip(&workers) {
@@ -134,6 +136,45 @@ fn invisible_extras_share_a_place() {
     assert!(places("vllm-0.16.0/extra_int") > 0);
     assert_eq!(places("sglang-0.5.10/radix_reencoded"), 0);
     assert!(places("sglang-0.5.23/radix_default") > 0);
+}
+
+/// What a router sends for a chain has the keys of the chain's request blocks: equal where those are
+/// equal, different where they differ.
+#[test]
+fn queries_hash_as_the_model_counts() {
+    for fixture in &Fixture::small() {
+        let (chains, _) = replay(fixture, |_, _, _| {});
+        for size in [8, 16, 32, 64] {
+            let scheme = Scheme::new(Algorithm::Xxh3, "", size);
+            let requests = Requests::new(&chains, size as usize);
+            let (mut by_key, mut by_block) = (HashMap::new(), HashMap::new());
+            for node in 0..chains.len() {
+                let query = chains.query(node);
+                let multimodal: Vec<_> = query
+                    .items
+                    .iter()
+                    .map(|(hash, offset, length)| MultimodalItem {
+                        hash: hash.clone(),
+                        offset: *offset as u32,
+                        length: *length as u32,
+                    })
+                    .collect();
+                let prompt = Prompt {
+                    model: "m",
+                    lora: &query.lora,
+                    tokens: &query.tokens,
+                    cache_salt: &query.salt,
+                    multimodal: &multimodal,
+                };
+                let (keys, blocks) = (prompt.keys(&scheme).unwrap(), requests.of(&chains, node));
+                assert_eq!(keys.len(), blocks.len());
+                for (key, block) in keys.into_iter().zip(blocks) {
+                    assert_eq!(*by_key.entry(key).or_insert(block), block, "{}", fixture.name);
+                    assert_eq!(*by_block.entry(block).or_insert(key), key, "{}", fixture.name);
+                }
+            }
+        }
+    }
 }
 
 // ---- by hand -----------------------------------------------------------------------------------
