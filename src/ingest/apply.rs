@@ -108,6 +108,7 @@ impl Applier {
 
     fn recover(&mut self) {
         if self.damaged.take().is_some() {
+            self.count_mode(None);
             self.publish();
         }
     }
@@ -158,9 +159,7 @@ impl Applier {
                         Ok(Event::Removed(removed)) => self.removed(&removed, sequence),
                         Ok(Event::Cleared) => {
                             metrics.cleared_events.inc();
-                            self.index().clear(self.row.slot);
-                            self.recover();
-                            self.cleared = Some((self.epoch, sequence));
+                            self.cleared(sequence);
                         }
                         Err(error) => {
                             rejected += 1;
@@ -199,6 +198,17 @@ impl Applier {
             status.last_applied_unix_ns = visible;
         });
         self.row.applied(self.epoch, sequence, visible);
+    }
+
+    /// Whatever was missing or left over is gone with the rest.
+    fn cleared(&mut self, sequence: u64) {
+        self.index().clear(self.row.slot);
+        self.recover();
+        if matches!(self.state, PodState::Partial | PodState::Degraded) {
+            self.count_mode(None);
+            self.state(PodState::Live, Reason::None);
+        }
+        self.cleared = Some((self.epoch, sequence));
     }
 
     /// Something that may have been a removal was lost: count so that the next one heals it.

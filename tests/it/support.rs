@@ -91,7 +91,7 @@ impl Indexer {
 
     fn launch(config: Option<tempfile::NamedTempFile>, arguments: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
-        command.args(["--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+        command.args(["--grpc-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
         if let Some(file) = &config {
             command.arg("--config").arg(file.path());
         }
