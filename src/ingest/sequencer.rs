@@ -40,12 +40,14 @@
 //! * A sequence below the expected one is not taken for a restart at once: duplicates and late
 //!   messages are told apart by payload hash and timestamp.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::model::{CountMode, PodState};
 
 mod action;
+mod config;
 pub mod fuzz;
+mod heal;
 mod held;
 mod replay;
 #[cfg(test)]
@@ -53,47 +55,15 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-pub use self::action::{Action, Counter, Message, Reason};
-use self::{
-    held::{Held, Window},
-    replay::{Fill, Heal, HealPlan},
+pub use self::{
+    action::{Action, Counter, Message, Reason},
+    config::{ReplayConfig, SequencerConfig},
 };
-
-/// How a replay is asked for and when it is given up.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReplayConfig {
-    /// Without progress for this long, an attempt has failed.
-    pub idle: Duration,
-    /// Attempts without any progress before the replay is given up.
-    pub attempts: u32,
-    /// After a given-up replay, gaps are not repaired for this long.
-    pub cooldown: Duration,
-    /// Live messages held while a replay runs, at most.
-    pub held_messages: usize,
-    /// Their payload bytes, at most.
-    pub held_bytes: usize,
-}
-
-impl Default for ReplayConfig {
-    fn default() -> Self {
-        Self {
-            idle: Duration::from_secs(2),
-            attempts: 3,
-            cooldown: Duration::from_secs(30),
-            held_messages: 16_384,
-            held_bytes: 128 << 20,
-        }
-    }
-}
-
-/// Settings of one publisher.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SequencerConfig {
-    /// Sequence of the first message of a life of the engine: 0, or 1.
-    pub first_sequence: u64,
-    /// Absent: the publisher has no replay socket.
-    pub replay: Option<ReplayConfig>,
-}
+use self::{
+    heal::{Heal, HealPlan},
+    held::{Held, Window},
+    replay::Fill,
+};
 
 /// The state machine of one publisher.
 ///
