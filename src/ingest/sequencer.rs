@@ -39,6 +39,14 @@
 //!   Nothing can be missing, so we do not.
 //! * A sequence below the expected one is not taken for a restart at once: duplicates and late
 //!   messages are told apart by payload hash and timestamp.
+//! * llm-d asks for no proof after a reconnect, and repairs a pod only by clearing it. Here the
+//!   replay is asked for the last applied message, and a doubtful pod is healed beside the stream.
+//!
+//! # Limits
+//!
+//! An engine that restarts while nobody listens and whose numbers have passed ours when we are
+//! back looks like the same life. Replay tells; a publisher without replay cannot. When the last
+//! applied message has left the replay buffer nothing tells either, so the pod is `degraded`.
 
 use std::time::Instant;
 
@@ -298,10 +306,18 @@ impl<P> Sequencer<P> {
         self.heal.as_ref().map_or((0, 0), Heal::size)
     }
 
+    /// Payload hash of a message delivered lately or held.
+    fn known_hash(&self, sequence: u64) -> Option<u64> {
+        if self.applied >= Some(sequence) {
+            self.window.hash(sequence)
+        } else {
+            self.held.hash(sequence)
+        }
+    }
+
     fn classify(&self, message: &Message<P>) -> Class {
         let sequence = message.sequence;
-        let known = self.window.hash(sequence).or_else(|| self.held.hash(sequence));
-        if let Some(hash) = known {
+        if let Some(hash) = self.known_hash(sequence) {
             return if hash == message.payload_hash { Class::Duplicate } else { Class::NewLife };
         }
         if self.applied.is_some_and(|applied| sequence <= applied) {

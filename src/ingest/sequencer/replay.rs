@@ -69,8 +69,7 @@ impl<P> Sequencer<P> {
         if !self.replay_open {
             return;
         }
-        let sequence = message.sequence;
-        let known = self.window.hash(sequence).or_else(|| self.held.hash(sequence));
+        let known = self.known_hash(message.sequence);
         if known.is_some_and(|hash| hash != message.payload_hash) {
             // Whichever of the two is the older life's, what was applied is: start over. What
             // waits and is newer than the reply stays.

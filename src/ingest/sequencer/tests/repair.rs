@@ -276,3 +276,19 @@ fn overflow_is_remembered() {
                          degraded[gap of 2 batches at 6] cancel",
     );
 }
+
+#[test]
+fn a_silent_start_is_tried_again() {
+    let silent = "start        => ask(0) replaying
+         wait 7       => ask(0) ask(0) +replay_failed cancel partial[replay silent]
+         wait 28      =>
+         wait 1       => ask(0)";
+    // Nothing is applied, so nothing has to be buffered.
+    check(&replay(), &format!("{silent}\n replay 0 1 => 0 replaying 1\n end => live"));
+    check(&replay(), &format!("{silent}\n end => live\n live 0 => 0"));
+    check(
+        &replay(),
+        &format!("{silent}\n replay 5 => 5 partial[replay history starts at 5]\n end =>"),
+    );
+    check(&replay(), &format!("{silent}\n wait 6 => ask(0) ask(0) +replay_failed cancel"));
+}
