@@ -304,5 +304,6 @@ fn the_demo_shows_what_the_indexer_answers() {
     assert!(row(&["vllm-ranks", "1", "live", "1", "26", "15"]), "{out}");
     assert!(row(&["vllm-serve", "0", "76"]), "freshness of every batch: {out}");
     assert!(row(&["vllm-ranks", "1", "27"]), "{out}");
-    assert!(row(&["tiny", "#1"]) && row(&["two-ranks", "#3"]), "{out}");
+    assert!(row(&["last", "of", "vllm-serve", "rank", "0"]), "{out}");
+    assert!(row(&["first", "of", "vllm-ranks", "rank", "1"]), "{out}");
 }
