@@ -10,6 +10,3 @@
 mod replay_tool;
 mod streams;
 mod support;
-
-#[test]
-fn placeholder() {}

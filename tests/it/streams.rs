@@ -70,7 +70,7 @@ fn on_indexer(block_size: usize, at_least: usize, test: impl FnOnce(&mut Session
     let indexer = Indexer::start(&["--block-size", &block_size.to_string()]);
     let mut session = Session::connect(indexer.grpc);
     test(&mut session);
-    session.finish(at_least, 10);
+    session.finish(at_least, 5);
     indexer.finish();
 }
 
@@ -81,7 +81,7 @@ fn check_small(block_size: usize) {
 }
 
 fn check_big(block_size: usize) {
-    on_indexer(block_size, 30_000, |session| {
+    on_indexer(block_size, 10_000, |session| {
         each_stream(session, block_size, &[Fixture::load(BIG)]);
     });
 }
