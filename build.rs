@@ -2,8 +2,7 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const PROTOS: [&str; 2] =
-    ["proto/kvindexer/v1/kvindexer.proto", "proto/indexer/v1/indexer.proto"];
+const PROTOS: [&str; 2] = ["proto/kvindexer/v1/kvindexer.proto", "proto/indexer/v1/indexer.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

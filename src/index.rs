@@ -62,7 +62,8 @@ impl<'a> Extras<'a> {
     #[must_use]
     pub fn of(&self, at: usize) -> &'a [ExtraKey<'a>] {
         let end = self.ends.get(at).copied().unwrap_or_default() as usize;
-        let start = at.checked_sub(1).map_or(0, |p| self.ends.get(p).copied().unwrap_or(0) as usize);
+        let start =
+            at.checked_sub(1).map_or(0, |p| self.ends.get(p).copied().unwrap_or(0) as usize);
         self.items.get(start..end).unwrap_or_default()
     }
 }

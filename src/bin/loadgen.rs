@@ -92,8 +92,7 @@ fn show(indexer: Option<String>) -> Result<()> {
 /// Starts an indexer on free loopback ports, runs the demo against it and stops it.
 async fn embedded(out: &mut io::Stdout) -> Result<()> {
     let any: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
-    let config =
-        IndexerConfig { grpc_listen: any, admin_listen: any, ..IndexerConfig::default() };
+    let config = IndexerConfig { grpc_listen: any, admin_listen: any, ..IndexerConfig::default() };
     let stop = CancellationToken::new();
     let (bound, listens) = oneshot::channel();
     let requested = stop.clone();

@@ -1,9 +1,6 @@
 //! A request's prompt → its request keys.
 
-use crate::{
-    hash::Scheme,
-    model::RequestKey,
-};
+use crate::{hash::Scheme, model::RequestKey};
 
 /// A multimodal item covers tokens `[offset, offset + length)` and taints every block it overlaps.
 #[derive(Clone, Debug, PartialEq, Eq)]

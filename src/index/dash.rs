@@ -338,4 +338,3 @@ impl BlockIndex for DashIndex {
         }
     }
 }
-

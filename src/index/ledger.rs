@@ -176,7 +176,8 @@ impl Place {
     /// Equal tokens, extras and position? The prefix ids stand for them.
     fn same(&self, other: &Self) -> bool {
         let tail = |place: &Self| place.odd.as_ref().and_then(|odd| odd.tail);
-        (self.start, self.end, self.key, tail(self)) == (other.start, other.end, other.key, tail(other))
+        (self.start, self.end, self.key, tail(self))
+            == (other.start, other.end, other.key, tail(other))
     }
 
     fn odd_bytes(&self) -> u64 {
@@ -413,10 +414,8 @@ impl Ledger {
 
     /// Counts one store; a tier that is new to a placed entry becomes visible.
     fn bump(&mut self, at: EntryKey, tier: TierId, out: &impl Holdings) {
-        let entry = self
-            .entries
-            .entry(at)
-            .or_insert_with(|| Entry { counts: Counts::new(), place: None });
+        let entry =
+            self.entries.entry(at).or_insert_with(|| Entry { counts: Counts::new(), place: None });
         if let Some((_, count)) = entry.counts.iter_mut().find(|(held, _)| *held == tier) {
             if self.mode == CountMode::Counted {
                 *count = count.saturating_add(1);
@@ -643,9 +642,8 @@ impl Ledger {
                 needed = true;
                 let counts = self.entries.get(&(engine_key, part)).map(|entry| &entry.counts);
                 let from = start.saturating_sub(joint.begin);
-                spans.extend(
-                    counts.into_iter().flatten().map(|&(tier, _)| (part, tier, from, end)),
-                );
+                spans
+                    .extend(counts.into_iter().flatten().map(|&(tier, _)| (part, tier, from, end)));
             }
         }
         let facts = covered(&mut spans, self.spec.scheme.block_size(), &self.tiers);
@@ -754,9 +752,7 @@ fn covered(
         if whole.is_empty() && covers(&|p, _| p == part) {
             let weights = tiers.weights();
             let weight = |tier: &TierId| weights[usize::from(tier.0) % TierTable::MAX];
-            if let Some(lightest) =
-                held.iter().min_by(|a, b| weight(a).total_cmp(&weight(b)))
-            {
+            if let Some(lightest) = held.iter().min_by(|a, b| weight(a).total_cmp(&weight(b))) {
                 facts.push((part, MIXED + lightest.0));
             }
         }

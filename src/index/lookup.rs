@@ -220,7 +220,8 @@ impl<'a> Walk<'a> {
             let mut out: Bits = SmallVec::from_elem(0, words);
             self.view.not_simple.or_into(&mut out);
             self.view.muted.or_into(&mut out);
-            let seen = |bits: &Bits| -> Bits { bits.iter().zip(&out).map(|(b, o)| b & !o).collect() };
+            let seen =
+                |bits: &Bits| -> Bits { bits.iter().zip(&out).map(|(b, o)| b & !o).collect() };
             self.confirmed = seen(&held);
             noted.resize(words, 0);
             self.marked = seen(&noted);
@@ -353,7 +354,6 @@ impl<'a> Walk<'a> {
         }
     }
 }
-
 
 impl Hybrid<'_> {
     fn step(&mut self, sets: &[Held], marks: &[(PodSlot, u64)]) -> bool {

@@ -113,7 +113,9 @@ impl Path {
                     continue;
                 }
                 OwnedExtra::Text(text) => (text.clone().into_bytes(), 0),
-                OwnedExtra::Item(id, offset) => (id.clone().into_bytes(), (*offset).max(0) as usize),
+                OwnedExtra::Item(id, offset) => {
+                    (id.clone().into_bytes(), (*offset).max(0) as usize)
+                }
                 OwnedExtra::Bytes(bytes) => (bytes.clone(), 0),
             };
             if start + from < end {
@@ -284,9 +286,12 @@ impl Pod {
             let placed = self.entries.get(&(*key, store.group)).is_some_and(|e| e.place.is_some());
             *(if placed { &mut outcome.placed } else { &mut outcome.unplaced }) += 1;
         }
-        while let Some((at, place)) = self.orphans.iter().enumerate().find_map(|(at, orphan)| {
-            Some((at, self.placed(orphan.parent, orphan.group)?))
-        }) {
+        while let Some((at, place)) = self
+            .orphans
+            .iter()
+            .enumerate()
+            .find_map(|(at, orphan)| Some((at, self.placed(orphan.parent, orphan.group)?)))
+        {
             let orphan = self.orphans.remove(at);
             let mut path = (*place.path).clone();
             for (at, key) in orphan.keys.iter().enumerate() {
@@ -401,7 +406,8 @@ impl Pod {
         let grouped: Vec<Group> =
             self.groups.keys().copied().filter(|g| g.is_some() && full(g)).collect();
         let all = !grouped.is_empty() && grouped.iter().all(|&g| self.holds(key, block, g, None));
-        let grouped = if all { grouped.into_iter().map(best).fold(f64::MAX, f64::min) } else { 0.0 };
+        let grouped =
+            if all { grouped.into_iter().map(best).fold(f64::MAX, f64::min) } else { 0.0 };
         let ungrouped =
             if full(&None) && self.holds(key, block, None, None) { best(None) } else { 0.0 };
         grouped.max(ungrouped)
@@ -422,8 +428,9 @@ impl Pod {
                 let GroupKind::Sliding { window } = kind else { return true };
                 let blocks = (window as usize).saturating_sub(1).div_ceil(size);
                 let blocks = blocks.max(usize::from(!any_full)).min(length);
-                (length - blocks..length)
-                    .all(|block| marked(&keys[block]) || self.holds(keys[block], block, group, tier))
+                (length - blocks..length).all(|block| {
+                    marked(&keys[block]) || self.holds(keys[block], block, group, tier)
+                })
             });
             // A pod without full attention groups is asked for its windows only; one that has told
             // us of no group at all holds only what is marked.
@@ -450,11 +457,7 @@ impl Pod {
             let spec = if marked(key) { config.speculative_weight } else { 0.0 };
             // Blocks that no full-attention group asks for weigh as if on the GPU.
             let windows_only = !any_full && !marked(key);
-            score += real.max(spec).max(if windows_only {
-                config.tiers.weights()[0]
-            } else {
-                0.0
-            });
+            score += real.max(spec).max(if windows_only { config.tiers.weights()[0] } else { 0.0 });
         }
         let tiers = (0..crate::model::TierTable::MAX)
             .map(|tier| TierId(tier as u8))
@@ -509,9 +512,8 @@ impl BlockIndex for NaiveIndex {
 
     fn store(&self, slot: PodSlot, store: &Store<'_>) -> StoreOutcome {
         let mut pods = self.pods();
-        pods.get_mut(&slot).map_or_else(StoreOutcome::default, |pod| {
-            pod.store(store, self.config.orphan_blocks)
-        })
+        pods.get_mut(&slot)
+            .map_or_else(StoreOutcome::default, |pod| pod.store(store, self.config.orphan_blocks))
     }
 
     fn remove(&self, slot: PodSlot, remove: &Remove<'_>) {

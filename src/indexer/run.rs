@@ -15,8 +15,7 @@ use crate::{
             llmd::{self, IngestTotals, PodTotals},
         },
         pods::Pods,
-        ready,
-        server,
+        ready, server,
         service::{Parts, Service},
         speculation::Speculations,
     },
@@ -73,8 +72,11 @@ pub async fn run(
     metrics::build_info(&registry, "kv_build_info", env!("CARGO_PKG_VERSION"), &[])?;
     let score_metrics = ScoreMetrics::register(&registry, config.llmd_metrics)?;
     let ingest_metrics = IngestMetrics::register(&registry)?;
-    let collector =
-        FleetCollector::new(Arc::clone(&fleet), Arc::clone(&tiers), Some(Arc::clone(&speculations)))?;
+    let collector = FleetCollector::new(
+        Arc::clone(&fleet),
+        Arc::clone(&tiers),
+        Some(Arc::clone(&speculations)),
+    )?;
     registry.register(Box::new(collector))?;
 
     let known: Vec<RowId> = config
@@ -126,8 +128,9 @@ pub async fn run(
         speculations.run(stop).await
     });
     let discovery = Arc::clone(&pods);
-    supervisor
-        .spawn(Stage::Receive, "discovery", |stop| async move { discovery.run_discovery(stop).await });
+    supervisor.spawn(Stage::Receive, "discovery", |stop| async move {
+        discovery.run_discovery(stop).await
+    });
     if let Some(path) = config.pods_file.clone() {
         let every = config.pods_file_poll;
         supervisor.spawn(Stage::Receive, "pods file", move |stop| async move {

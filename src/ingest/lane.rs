@@ -133,11 +133,7 @@ impl Ready {
     fn pop(&self, patience: Duration) -> Result<Option<Arc<Pipe>>, Stopped> {
         let mut list = lock(&self.list);
         if list.0.is_empty() && !list.1 {
-            list = self
-                .more
-                .wait_timeout(list, patience)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            list = self.more.wait_timeout(list, patience).unwrap_or_else(PoisonError::into_inner).0;
         }
         match list.0.pop_front() {
             Some(pipe) => Ok(Some(pipe)),

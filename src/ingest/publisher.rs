@@ -95,7 +95,13 @@ impl Publisher {
         let fleet = &context.shared.fleet;
         let id = RowId { pod: Arc::from(declaration.pod.as_str()), rank };
         let scheme = context.models.scheme(model);
-        let row = fleet.add(id, &declaration.endpoint, scheme, &Arc::from(model), declaration.count_mode)?;
+        let row = fleet.add(
+            id,
+            &declaration.endpoint,
+            scheme,
+            &Arc::from(model),
+            declaration.count_mode,
+        )?;
         let pipe = context.lanes.pipe(Applier::new(&context.shared, &row, declaration));
         Some((row, pipe))
     }
@@ -109,7 +115,8 @@ impl Publisher {
     pub(crate) fn has_room(&self) -> bool {
         let config = &self.context.config;
         let waiting = self.waiting.as_ref().map_or(0, |(_, bytes)| *bytes);
-        waiting < config.queue_bytes.min(MAX_WAITING_BYTES) && self.pipe.has_room(config.queue_batches, config.queue_bytes)
+        waiting < config.queue_bytes.min(MAX_WAITING_BYTES)
+            && self.pipe.has_room(config.queue_batches, config.queue_bytes)
     }
 
     /// The open replay socket, while its replies can be taken in.
@@ -252,10 +259,9 @@ impl Publisher {
         input(&mut self.sequencer, &mut actions);
         for action in actions.drain(..) {
             match action {
-                Action::Deliver(message) => self.push(Item::Batch {
-                    sequence: message.sequence,
-                    payload: message.payload,
-                }),
+                Action::Deliver(message) => {
+                    self.push(Item::Batch { sequence: message.sequence, payload: message.payload })
+                }
                 Action::Reset { epoch } => self.push(Item::Reset { epoch }),
                 Action::Rebuild => self.push(Item::Rebuild),
                 Action::CountMode(mode) => self.push(Item::CountMode(Some(mode))),

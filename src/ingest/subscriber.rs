@@ -417,11 +417,10 @@ impl Worker {
             Kind::Bind { publishers } => {
                 // Without its rank a message belongs to nobody.
                 let rank = header.as_ref().map_err(DecodeError::clone)?.rank;
-                let declared = context
-                    .config
-                    .pods
-                    .iter()
-                    .find(|known| known.pod == *pod && known.rank.is_none_or(|r| Some(r) == rank));
+                let declared =
+                    context.config.pods.iter().find(|known| {
+                        known.pod == *pod && known.rank.is_none_or(|r| Some(r) == rank)
+                    });
                 let key = (pod.clone().into_owned(), rank);
                 if !publishers.contains_key(&key) {
                     let mut declaration = match declared {

@@ -109,9 +109,8 @@ fn check(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), Strin
         ..ProptestConfig::default()
     });
     let streams = (world::sizes(), ops(48));
-    let result = runner.run(&streams, |(sizes, ops)| {
-        serial(&*make(), sizes, &ops).map_err(TestCaseError::fail)
-    });
+    let result = runner
+        .run(&streams, |(sizes, ops)| serial(&*make(), sizes, &ops).map_err(TestCaseError::fail));
     result.map_err(|failure| failure.to_string())
 }
 

@@ -124,7 +124,6 @@ fn pod_json(pod: &PodDeclaration) -> Value {
     })
 }
 
-
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -4,8 +4,8 @@ use std::{collections::HashMap, sync::Arc};
 
 use super::IndexerConfig;
 use crate::{
-    hash::{Algorithm, Scheme},
     hash::Models,
+    hash::{Algorithm, Scheme},
     support::fields::Fields,
 };
 

@@ -52,15 +52,44 @@ pub(super) enum Op {
         /// Distinguishes engine keys of equal prefixes.
         variant: u8,
     },
-    Remove { pod: usize, group: usize, block: usize, count: usize, tier: u8 },
+    Remove {
+        pod: usize,
+        group: usize,
+        block: usize,
+        count: usize,
+        tier: u8,
+    },
     /// The same block is removed as it was stored: most removals of real engines.
-    RemoveKnown { pod: usize, block: usize },
-    Clear { pod: usize },
-    Mode { pod: usize, set: bool },
-    Mute { pod: usize, muted: bool },
-    Speculate { pod: usize, path: usize, length: usize, mark: u64 },
-    Unspeculate { pod: usize, path: usize, length: usize, mark: u64 },
-    ExpireOrphans { pod: usize },
+    RemoveKnown {
+        pod: usize,
+        block: usize,
+    },
+    Clear {
+        pod: usize,
+    },
+    Mode {
+        pod: usize,
+        set: bool,
+    },
+    Mute {
+        pod: usize,
+        muted: bool,
+    },
+    Speculate {
+        pod: usize,
+        path: usize,
+        length: usize,
+        mark: u64,
+    },
+    Unspeculate {
+        pod: usize,
+        path: usize,
+        length: usize,
+        mark: u64,
+    },
+    ExpireOrphans {
+        pod: usize,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -170,7 +199,12 @@ enum What {
         group: usize,
         tier: u8,
     },
-    Remove { keys: Vec<EngineKey>, group: usize, tier: u8, sequence: u64 },
+    Remove {
+        keys: Vec<EngineKey>,
+        group: usize,
+        tier: u8,
+        sequence: u64,
+    },
     Clear,
     Mode(CountMode),
     Mute(bool),

@@ -86,6 +86,21 @@ impl Session {
 
     /// Waits until `sequence` is visible in an epoch later than `after`; returns the epoch.
     pub(crate) fn wait_visible(&mut self, pod: &str, rank: u32, sequence: u64, after: u64) -> u64 {
+        let epoch = self.reached(pod, rank, sequence, after);
+        // The last batch is visible a moment before the repair that brought it is over.
+        eventually(&format!("{pod} rank {rank} is settled"), || {
+            let answer = self.runtime.block_on(self.client.list_pods(ListPodsRequest {}));
+            let pods = answer.map_err(|status| status.to_string())?.into_inner().pods;
+            let row = pods.iter().find(|row| row.pod == pod && row.dp_rank == Some(rank));
+            match row.map(PodStatus::state) {
+                None | Some(PodState::Connecting | PodState::Replaying) => Err(format!("{row:?}")),
+                Some(_) => Ok(()),
+            }
+        });
+        epoch
+    }
+
+    fn reached(&mut self, pod: &str, rank: u32, sequence: u64, after: u64) -> u64 {
         eventually(&format!("{pod} rank {rank} sequence {sequence}"), || {
             let request = WaitVisibleRequest {
                 pod: pod.to_owned(),
