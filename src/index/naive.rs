@@ -80,6 +80,7 @@ struct Orphan {
     tokens: Vec<u32>,
     block_size: usize,
     extras: Vec<Vec<OwnedExtra>>,
+    lora: Option<String>,
     at: Instant,
 }
 
@@ -92,14 +93,14 @@ enum OwnedExtra {
 
 impl Path {
     /// The path one engine block further.
-    fn extend(&self, tokens: &[u32], extras: &[OwnedExtra]) -> Self {
+    fn extend(&self, tokens: &[u32], extras: &[OwnedExtra], lora: Option<&str>) -> Self {
         let mut path = self.clone();
         let start = path.tokens.len();
         path.tokens.extend_from_slice(tokens);
         let end = path.tokens.len();
-        // vLLM repeats the adapter's name as the first extra of every block.
+        // vLLM repeats the event's adapter name as the first extra of every block.
         let extras = match extras {
-            [OwnedExtra::Text(first), rest @ ..] if *first == path.lora => rest,
+            [OwnedExtra::Text(first), rest @ ..] if Some(first.as_str()) == lora => rest,
             all => all,
         };
         // The salt is the last bare string of block 0.
@@ -246,7 +247,7 @@ impl Pod {
                 for (at, key) in store.keys.iter().enumerate() {
                     let tokens = &store.tokens[at * block_size..(at + 1) * block_size];
                     let start = path.tokens.len();
-                    path = path.extend(tokens, &extras[at]);
+                    path = path.extend(tokens, &extras[at], store.lora);
                     let place = Place { start, path: Arc::new(path.clone()) };
                     let old = self.lay(*key, store.group, place.clone());
                     if old.is_some_and(|old| !old.same(&place, &self.spec)) {
@@ -267,6 +268,7 @@ impl Pod {
                         tokens: store.tokens.to_vec(),
                         block_size,
                         extras,
+                        lora: store.lora.map(str::to_owned),
                         at: store.at,
                     });
                 }
@@ -297,7 +299,7 @@ impl Pod {
             for (at, key) in orphan.keys.iter().enumerate() {
                 let start = path.tokens.len();
                 let tokens = &orphan.tokens[at * orphan.block_size..(at + 1) * orphan.block_size];
-                path = path.extend(tokens, &orphan.extras[at]);
+                path = path.extend(tokens, &orphan.extras[at], orphan.lora.as_deref());
                 let entry = self.entries.get(&(*key, orphan.group));
                 if entry.is_some_and(|entry| entry.place.is_none()) {
                     self.lay(*key, orphan.group, Place { start, path: Arc::new(path.clone()) });
