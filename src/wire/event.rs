@@ -74,23 +74,24 @@ enum Field {
 }
 
 impl Field {
-    #[inline]
+    #[inline(always)] // see `key`
     fn from_key(key: &[u8]) -> Option<Self> {
-        Some(match key {
-            b"type" => Self::Type,
-            b"block_hashes" => Self::BlockHashes,
-            b"parent_block_hash" => Self::Parent,
-            b"token_ids" => Self::TokenIds,
-            b"block_size" => Self::BlockSize,
-            b"lora_id" => Self::LoraId,
-            b"medium" => Self::Medium,
-            b"lora_name" => Self::LoraName,
-            b"extra_keys" => Self::ExtraKeys,
-            b"group_idx" => Self::Group,
-            b"kv_cache_spec_kind" => Self::Kind,
-            b"kv_cache_spec_sliding_window" => Self::Window,
-            b"locality" => Self::Locality,
-            b"cache_salt" => Self::CacheSalt,
+        // By length first: a match on the keys alone would compare byte by byte.
+        Some(match key.len() {
+            4 if key == b"type" => Self::Type,
+            6 if key == b"medium" => Self::Medium,
+            7 if key == b"lora_id" => Self::LoraId,
+            8 if key == b"locality" => Self::Locality,
+            9 if key == b"token_ids" => Self::TokenIds,
+            9 if key == b"group_idx" => Self::Group,
+            9 if key == b"lora_name" => Self::LoraName,
+            10 if key == b"block_size" => Self::BlockSize,
+            10 if key == b"extra_keys" => Self::ExtraKeys,
+            10 if key == b"cache_salt" => Self::CacheSalt,
+            12 if key == b"block_hashes" => Self::BlockHashes,
+            17 if key == b"parent_block_hash" => Self::Parent,
+            18 if key == b"kv_cache_spec_kind" => Self::Kind,
+            28 if key == b"kv_cache_spec_sliding_window" => Self::Window,
             _ => return None,
         })
     }
@@ -130,7 +131,8 @@ pub(super) fn decode<'s>(
 ) -> Result<(Event<'s>, usize), EventError> {
     scratch.hashes.clear();
     scratch.tokens.clear();
-    let mut decoder = Decoder { at, event, limits, seen: 0, fields: BlockStored::default() };
+    let mut decoder =
+        Decoder { at, start: at, event, limits, seen: 0, fields: BlockStored::default() };
     let tag = match at.kind() {
         Ok(Kind::Array) => decoder.array_form(scratch)?,
         Ok(Kind::Map) => decoder.map_form(scratch)?,
@@ -143,6 +145,8 @@ pub(super) fn decode<'s>(
 
 struct Decoder<'s, 'l> {
     at: Cursor<'s>,
+    /// Where the event starts.
+    start: Cursor<'s>,
     event: usize,
     limits: &'l Limits,
     /// Bits of the fields read so far.
@@ -174,9 +178,15 @@ impl<'s> Decoder<'s, '_> {
     }
 
     fn map_form(&mut self, scratch: &mut Scratch) -> Result<Tag, EventError> {
-        let pairs = self.at.map().map_err(|fault| self.fault(Field::Type, fault))?;
-        let tag = self.find_tag(pairs)?;
-        for _ in 0..pairs {
+        let mut left = self.at.map().map_err(|fault| self.fault(Field::Type, fault))?;
+        let tag = if left > 0 && self.key()? == Some(Field::Type) {
+            left -= 1;
+            self.seen = Field::Type.bit();
+            self.tag()?
+        } else {
+            self.find_tag()?
+        };
+        for _ in 0..left {
             let Some(field) = self.key()? else {
                 self.skip(1, Field::Type)?;
                 continue;
@@ -194,14 +204,16 @@ impl<'s> Decoder<'s, '_> {
         Ok(tag)
     }
 
-    /// The tag of a map whose pairs start here; does not move. Every engine writes it first.
-    #[inline]
-    fn find_tag(&mut self, pairs: usize) -> Result<Tag, EventError> {
-        let start = self.at;
+    /// The tag of a map that does not start with it. Goes back to the first pair.
+    #[cold]
+    fn find_tag(&mut self) -> Result<Tag, EventError> {
+        self.at = self.start;
+        let pairs = self.at.map().map_err(|fault| self.fault(Field::Type, fault))?;
+        let first = self.at;
         for _ in 0..pairs {
             if self.key()? == Some(Field::Type) {
                 let tag = self.tag()?;
-                self.at = start;
+                self.at = first;
                 return Ok(tag);
             }
             self.skip(1, Field::Type)?;
@@ -210,18 +222,21 @@ impl<'s> Decoder<'s, '_> {
     }
 
     /// Reads a map's key; `None` if we do not know it, or if it is not even a string.
-    #[inline]
+    #[inline(always)] // a map has a dozen: a call costs more than the common case
     fn key(&mut self) -> Result<Option<Field>, EventError> {
-        match self.at.kind() {
-            Ok(Kind::Str) => match self.at.str_bytes() {
-                Ok(key) => Ok(Field::from_key(key)),
-                Err(fault) => Err(self.fault(Field::Type, fault)),
-            },
-            _ => {
-                self.skip(1, Field::Type)?;
-                Ok(None)
-            }
+        match self.at.str_bytes() {
+            Ok(key) => Ok(Field::from_key(key)),
+            Err(fault) => self.odd_key(fault),
         }
+    }
+
+    #[cold]
+    fn odd_key(&mut self, fault: Fault) -> Result<Option<Field>, EventError> {
+        if !matches!(fault, Fault::Type { .. }) {
+            return Err(self.fault(Field::Type, fault));
+        }
+        self.skip(1, Field::Type)?;
+        Ok(None)
     }
 
     #[inline]
