@@ -578,7 +578,7 @@ fn two_u32(bytes: &[u8]) -> Option<(usize, usize)> {
     let window = u64::from_le_bytes(*bytes.first_chunk()?);
     let first = int_bytes(window as u8);
     // Masked, because after another marker `first` may be too large to shift by.
-    let after = window >> 8 >> (8 * first & 63);
+    let after = window >> 8 >> ((8 * first) & 63);
     let second = int_bytes(after as u8);
     let both = is_u32(window as u8) & is_u32(after as u8);
     both.then_some((first + 1, second + 1))
