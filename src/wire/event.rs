@@ -5,6 +5,9 @@
 //! shorter array is an older engine and a longer one a newer; unknown tails and unknown keys are
 //! passed over. A map may have its keys, the tag too, in any order.
 
+mod field;
+
+use self::field::{Field, Tag};
 use super::batch::Scratch;
 use super::extra::{self, ExtraFault, Validated};
 use super::msgpack::{Cursor, Fault, Kind, MAX_DEPTH};
@@ -13,112 +16,6 @@ use crate::model::EngineKey;
 
 /// Bytes of an unknown tag that an error keeps.
 const TAG_BYTES: usize = 32;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tag {
-    Stored,
-    Removed,
-    Cleared,
-}
-
-impl Tag {
-    /// Fields by position in the array form, after the tag.
-    const fn positions(self) -> &'static [Field] {
-        match self {
-            Self::Stored => &[
-                Field::BlockHashes,
-                Field::Parent,
-                Field::TokenIds,
-                Field::BlockSize,
-                Field::LoraId,
-                Field::Medium,
-                Field::LoraName,
-                Field::ExtraKeys,
-                Field::Group,
-                Field::Kind,
-                Field::Window,
-            ],
-            Self::Removed => &[Field::BlockHashes, Field::Medium, Field::Group],
-            Self::Cleared => &[],
-        }
-    }
-
-    /// Whether the map form of this event has the field; others are passed over.
-    const fn has(self, field: Field) -> bool {
-        match self {
-            Self::Stored => true,
-            Self::Removed => {
-                matches!(field, Field::BlockHashes | Field::Medium | Field::Group | Field::Locality)
-            }
-            Self::Cleared => false,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Field {
-    Type,
-    BlockHashes,
-    Parent,
-    TokenIds,
-    BlockSize,
-    LoraId,
-    Medium,
-    LoraName,
-    ExtraKeys,
-    Group,
-    Kind,
-    Window,
-    Locality,
-    CacheSalt,
-}
-
-impl Field {
-    #[inline(always)] // see `key`
-    fn from_key(key: &[u8]) -> Option<Self> {
-        // By length first: a match on the keys alone would compare byte by byte.
-        Some(match key.len() {
-            4 if key == b"type" => Self::Type,
-            6 if key == b"medium" => Self::Medium,
-            7 if key == b"lora_id" => Self::LoraId,
-            8 if key == b"locality" => Self::Locality,
-            9 if key == b"token_ids" => Self::TokenIds,
-            9 if key == b"group_idx" => Self::Group,
-            9 if key == b"lora_name" => Self::LoraName,
-            10 if key == b"block_size" => Self::BlockSize,
-            10 if key == b"extra_keys" => Self::ExtraKeys,
-            10 if key == b"cache_salt" => Self::CacheSalt,
-            12 if key == b"block_hashes" => Self::BlockHashes,
-            17 if key == b"parent_block_hash" => Self::Parent,
-            18 if key == b"kv_cache_spec_kind" => Self::Kind,
-            28 if key == b"kv_cache_spec_sliding_window" => Self::Window,
-            _ => return None,
-        })
-    }
-
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Type => "type",
-            Self::BlockHashes => "block_hashes",
-            Self::Parent => "parent_block_hash",
-            Self::TokenIds => "token_ids",
-            Self::BlockSize => "block_size",
-            Self::LoraId => "lora_id",
-            Self::Medium => "medium",
-            Self::LoraName => "lora_name",
-            Self::ExtraKeys => "extra_keys",
-            Self::Group => "group_idx",
-            Self::Kind => "kv_cache_spec_kind",
-            Self::Window => "kv_cache_spec_sliding_window",
-            Self::Locality => "locality",
-            Self::CacheSalt => "cache_salt",
-        }
-    }
-
-    const fn bit(self) -> u16 {
-        1 << self as u16
-    }
-}
 
 /// Decodes the event at `at`, which is number `event` of its batch. Returns it with the offset
 /// where it ends. `at` must stand on a value that a skip has validated.

@@ -3,6 +3,11 @@
 //!
 //! Walks `tests/fixtures/**/*.jsonl` and `*.jsonl.gz`; `WIRE_STREAMS=/some/dir` walks that instead.
 
+#![expect(
+    clippy::panic,
+    reason = "helpers of tests; allow-panic-in-tests sees only #[test] bodies"
+)]
+
 use std::{
     fs,
     io::Read,
@@ -204,11 +209,10 @@ impl<'a> Wire<'a> {
 
     /// SGLang's salt: a key, or in a map at the end of an array.
     fn salt(&self) -> Option<&'a str> {
-        let salt = match self.0 {
+        match self.0 {
             Value::Array(fields) => Wire(fields.get(7).filter(|last| last.is_map())?).salt(),
             _ => self.text(usize::MAX, "cache_salt"),
-        };
-        salt
+        }
     }
 
     fn extra(&self) -> Option<Vec<Vec<Value>>> {
