@@ -16,6 +16,7 @@
 //! * After [`Ingest::remove`] returned, nothing of the pod is visible and nothing is applied any more.
 
 mod apply;
+pub mod bench;
 pub mod config;
 pub mod discovery;
 pub mod fleet;

@@ -12,13 +12,13 @@ use kv_indexer::{
 };
 
 /// Tokens per block, engine's and ours.
-pub const BLOCK: u32 = 16;
+pub(crate) const BLOCK: u32 = 16;
 
 /// A small generator (SplitMix64): the same corpus on every machine.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -27,32 +27,32 @@ impl Random {
     }
 
     /// Token ids of a vocabulary of 150 000.
-    pub fn tokens(&mut self, count: u32) -> Vec<u32> {
+    pub(crate) fn tokens(&mut self, count: u32) -> Vec<u32> {
         (0..count).map(|_| (self.next() % 150_000) as u32).collect()
     }
 }
 
-pub fn scheme() -> Arc<Scheme> {
+pub(crate) fn scheme() -> Arc<Scheme> {
     Arc::new(Scheme::new(Algorithm::Xxh3, "", BLOCK))
 }
 
-pub fn spec() -> PodSpec {
+pub(crate) fn spec() -> PodSpec {
     PodSpec { scheme: scheme(), model: Arc::from("model"), count_mode: CountMode::Counted }
 }
 
-pub fn keys(tokens: &[u32]) -> Vec<RequestKey> {
+pub(crate) fn keys(tokens: &[u32]) -> Vec<RequestKey> {
     Prompt { model: "model", tokens, ..Prompt::default() }.keys(&scheme()).expect("no items")
 }
 
 /// Stores a prompt from its first block on; engine keys are made from `salt`.
-pub fn store_prompt(index: &dyn BlockIndex, slot: PodSlot, tokens: &[u32], salt: u64) {
+pub(crate) fn store_prompt(index: &dyn BlockIndex, slot: PodSlot, tokens: &[u32], salt: u64) {
     let blocks = tokens.len() / BLOCK as usize;
     let mut random = Random(salt);
     let engine: Vec<EngineKey> = (0..blocks).map(|_| EngineKey(random.next())).collect();
     store(index, slot, &engine, None, tokens);
 }
 
-pub fn store(
+pub(crate) fn store(
     index: &dyn BlockIndex,
     slot: PodSlot,
     keys: &[EngineKey],
@@ -77,12 +77,12 @@ pub fn store(
     );
 }
 
-pub fn remove(index: &dyn BlockIndex, slot: PodSlot, keys: &[EngineKey]) {
+pub(crate) fn remove(index: &dyn BlockIndex, slot: PodSlot, keys: &[EngineKey]) {
     index.remove(slot, &Remove { keys, group: None, tier: TierTable::GPU, sequence: 0 });
 }
 
 /// Index with `pods` pods that hold one prompt of `blocks` blocks, and the prompt.
-pub fn shared_prompt(index: &dyn BlockIndex, pods: u32, blocks: u32) -> Vec<u32> {
+pub(crate) fn shared_prompt(index: &dyn BlockIndex, pods: u32, blocks: u32) -> Vec<u32> {
     let tokens = Random(7).tokens(blocks * BLOCK);
     for pod in 0..pods {
         let slot = index.register(spec()).expect("room for the pods");
@@ -94,7 +94,12 @@ pub fn shared_prompt(index: &dyn BlockIndex, pods: u32, blocks: u32) -> Vec<u32>
 /// Map-form batches of an engine in steady state: every step stores `blocks` blocks of a prompt
 /// that goes on, and removes as many old ones, one event each, as vLLM does. `cached` blocks are
 /// held at a time. Returns the payloads of `steps` steps.
-pub fn steady_stream(steps: usize, blocks: usize, cached: usize, form: Form) -> Vec<Vec<u8>> {
+pub(crate) fn steady_stream(
+    steps: usize,
+    blocks: usize,
+    cached: usize,
+    form: Form,
+) -> Vec<Vec<u8>> {
     let mut random = Random(42);
     let mut held = std::collections::VecDeque::new();
     let mut parent = None;
@@ -105,7 +110,7 @@ pub fn steady_stream(steps: usize, blocks: usize, cached: usize, form: Form) -> 
             while held.len() > cached {
                 let hash: u64 = held.pop_front().expect("more than `cached` are held");
                 events.push(Event::BlockRemoved(BlockRemoved {
-                    block_hashes: vec![Hash::Int(hash)],
+                    block_hashes: vec![Hash::Unsigned(hash)],
                     medium: Some("GPU".to_owned()),
                     group_idx: Some(0),
                     ..BlockRemoved::default()
@@ -117,9 +122,9 @@ pub fn steady_stream(steps: usize, blocks: usize, cached: usize, form: Form) -> 
             }
             let hashes: Vec<u64> = (0..blocks).map(|_| random.next()).collect();
             events.push(Event::BlockStored(BlockStored {
-                block_hashes: hashes.iter().map(|&hash| Hash::Int(hash)).collect(),
-                parent_block_hash: parent.map(Hash::Int),
-                token_ids: Tokens::Ids(random.tokens(blocks as u32 * BLOCK)),
+                block_hashes: hashes.iter().map(|&hash| Hash::Unsigned(hash)).collect(),
+                parent_block_hash: parent.map(Hash::Unsigned),
+                token_ids: Tokens::Plain(random.tokens(blocks as u32 * BLOCK)),
                 block_size: i64::from(BLOCK),
                 medium: Some("GPU".to_owned()),
                 extra_keys: Some(vec![None; blocks]),

@@ -57,6 +57,7 @@ impl Batch {
 }
 
 /// One event.
+#[expect(clippy::large_enum_variant, reason = "most events are stores")]
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 #[serde(tag = "type")]
 pub enum Event {

@@ -5,6 +5,9 @@
 //! shorter array is an older engine and a longer one a newer; unknown tails and unknown keys are
 //! passed over. A map may have its keys, the tag too, in any order.
 
+mod field;
+
+use self::field::{Field, Tag};
 use super::batch::Scratch;
 use super::extra::{self, ExtraFault, Validated};
 use super::msgpack::{Cursor, Fault, Kind, MAX_DEPTH};
@@ -13,111 +16,6 @@ use crate::model::EngineKey;
 
 /// Bytes of an unknown tag that an error keeps.
 const TAG_BYTES: usize = 32;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tag {
-    Stored,
-    Removed,
-    Cleared,
-}
-
-impl Tag {
-    /// Fields by position in the array form, after the tag.
-    const fn positions(self) -> &'static [Field] {
-        match self {
-            Self::Stored => &[
-                Field::BlockHashes,
-                Field::Parent,
-                Field::TokenIds,
-                Field::BlockSize,
-                Field::LoraId,
-                Field::Medium,
-                Field::LoraName,
-                Field::ExtraKeys,
-                Field::Group,
-                Field::Kind,
-                Field::Window,
-            ],
-            Self::Removed => &[Field::BlockHashes, Field::Medium, Field::Group],
-            Self::Cleared => &[],
-        }
-    }
-
-    /// Whether the map form of this event has the field; others are passed over.
-    const fn has(self, field: Field) -> bool {
-        match self {
-            Self::Stored => true,
-            Self::Removed => {
-                matches!(field, Field::BlockHashes | Field::Medium | Field::Group | Field::Locality)
-            }
-            Self::Cleared => false,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Field {
-    Type,
-    BlockHashes,
-    Parent,
-    TokenIds,
-    BlockSize,
-    LoraId,
-    Medium,
-    LoraName,
-    ExtraKeys,
-    Group,
-    Kind,
-    Window,
-    Locality,
-    CacheSalt,
-}
-
-impl Field {
-    #[inline]
-    fn from_key(key: &[u8]) -> Option<Self> {
-        Some(match key {
-            b"type" => Self::Type,
-            b"block_hashes" => Self::BlockHashes,
-            b"parent_block_hash" => Self::Parent,
-            b"token_ids" => Self::TokenIds,
-            b"block_size" => Self::BlockSize,
-            b"lora_id" => Self::LoraId,
-            b"medium" => Self::Medium,
-            b"lora_name" => Self::LoraName,
-            b"extra_keys" => Self::ExtraKeys,
-            b"group_idx" => Self::Group,
-            b"kv_cache_spec_kind" => Self::Kind,
-            b"kv_cache_spec_sliding_window" => Self::Window,
-            b"locality" => Self::Locality,
-            b"cache_salt" => Self::CacheSalt,
-            _ => return None,
-        })
-    }
-
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Type => "type",
-            Self::BlockHashes => "block_hashes",
-            Self::Parent => "parent_block_hash",
-            Self::TokenIds => "token_ids",
-            Self::BlockSize => "block_size",
-            Self::LoraId => "lora_id",
-            Self::Medium => "medium",
-            Self::LoraName => "lora_name",
-            Self::ExtraKeys => "extra_keys",
-            Self::Group => "group_idx",
-            Self::Kind => "kv_cache_spec_kind",
-            Self::Window => "kv_cache_spec_sliding_window",
-            Self::Locality => "locality",
-            Self::CacheSalt => "cache_salt",
-        }
-    }
-
-    const fn bit(self) -> u16 {
-        1 << self as u16
-    }
-}
 
 /// Decodes the event at `at`, which is number `event` of its batch. Returns it with the offset
 /// where it ends. `at` must stand on a value that a skip has validated.
@@ -130,7 +28,8 @@ pub(super) fn decode<'s>(
 ) -> Result<(Event<'s>, usize), EventError> {
     scratch.hashes.clear();
     scratch.tokens.clear();
-    let mut decoder = Decoder { at, event, limits, seen: 0, fields: BlockStored::default() };
+    let mut decoder =
+        Decoder { at, start: at, event, limits, seen: 0, fields: BlockStored::default() };
     let tag = match at.kind() {
         Ok(Kind::Array) => decoder.array_form(scratch)?,
         Ok(Kind::Map) => decoder.map_form(scratch)?,
@@ -143,6 +42,8 @@ pub(super) fn decode<'s>(
 
 struct Decoder<'s, 'l> {
     at: Cursor<'s>,
+    /// Where the event starts.
+    start: Cursor<'s>,
     event: usize,
     limits: &'l Limits,
     /// Bits of the fields read so far.
@@ -174,9 +75,15 @@ impl<'s> Decoder<'s, '_> {
     }
 
     fn map_form(&mut self, scratch: &mut Scratch) -> Result<Tag, EventError> {
-        let pairs = self.at.map().map_err(|fault| self.fault(Field::Type, fault))?;
-        let tag = self.find_tag(pairs)?;
-        for _ in 0..pairs {
+        let mut left = self.at.map().map_err(|fault| self.fault(Field::Type, fault))?;
+        let tag = if left > 0 && self.key()? == Some(Field::Type) {
+            left -= 1;
+            self.seen = Field::Type.bit();
+            self.tag()?
+        } else {
+            self.find_tag()?
+        };
+        for _ in 0..left {
             let Some(field) = self.key()? else {
                 self.skip(1, Field::Type)?;
                 continue;
@@ -194,14 +101,16 @@ impl<'s> Decoder<'s, '_> {
         Ok(tag)
     }
 
-    /// The tag of a map whose pairs start here; does not move. Every engine writes it first.
-    #[inline]
-    fn find_tag(&mut self, pairs: usize) -> Result<Tag, EventError> {
-        let start = self.at;
+    /// The tag of a map that does not start with it. Goes back to the first pair.
+    #[cold]
+    fn find_tag(&mut self) -> Result<Tag, EventError> {
+        self.at = self.start;
+        let pairs = self.at.map().map_err(|fault| self.fault(Field::Type, fault))?;
+        let first = self.at;
         for _ in 0..pairs {
             if self.key()? == Some(Field::Type) {
                 let tag = self.tag()?;
-                self.at = start;
+                self.at = first;
                 return Ok(tag);
             }
             self.skip(1, Field::Type)?;
@@ -210,18 +119,21 @@ impl<'s> Decoder<'s, '_> {
     }
 
     /// Reads a map's key; `None` if we do not know it, or if it is not even a string.
-    #[inline]
+    #[inline(always)] // a map has a dozen: a call costs more than the common case
     fn key(&mut self) -> Result<Option<Field>, EventError> {
-        match self.at.kind() {
-            Ok(Kind::Str) => match self.at.str_bytes() {
-                Ok(key) => Ok(Field::from_key(key)),
-                Err(fault) => Err(self.fault(Field::Type, fault)),
-            },
-            _ => {
-                self.skip(1, Field::Type)?;
-                Ok(None)
-            }
+        match self.at.str_bytes() {
+            Ok(key) => Ok(Field::from_key(key)),
+            Err(fault) => self.odd_key(fault),
         }
+    }
+
+    #[cold]
+    fn odd_key(&mut self, fault: Fault) -> Result<Option<Field>, EventError> {
+        if !matches!(fault, Fault::Type { .. }) {
+            return Err(self.fault(Field::Type, fault));
+        }
+        self.skip(1, Field::Type)?;
+        Ok(None)
     }
 
     #[inline]

@@ -4,9 +4,12 @@
 //! be decided here: a declared count is checked against the bytes that are left before anybody
 //! loops or reserves by it (every msgpack value takes at least one byte), and nesting is limited.
 //!
-//! Failure: every method returns a [`Fault`] with its byte offset, and leaves the cursor somewhere
-//! inside the value. Cost: linear in the bytes read; nothing allocates.
+//! Failure: every method returns a [`Fault`] with its byte offset, and leaves the cursor where it
+//! was. Cost: linear in the bytes read; nothing allocates.
 
+mod skip;
+
+use self::skip::Skip;
 use crate::model::EngineKey;
 
 /// Deepest nesting that [`Cursor::skip`] follows, whatever the caller allows: the skip recurses,
@@ -42,6 +45,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    #[inline]
     const fn of(marker: u8) -> Self {
         match marker {
             0x00..=0x7f | 0xcc..=0xd3 | 0xe0..=0xff => Self::Int,
@@ -165,119 +169,169 @@ impl<'a> Cursor<'a> {
     }
 
     /// Reads an integer of any width and sign.
-    #[inline]
+    #[inline(always)]
     pub(super) fn int(&mut self) -> Result<Int, Fault> {
-        let before = *self;
-        Ok(match self.byte()? {
-            marker @ 0x00..=0x7f => Int::unsigned(u64::from(marker)),
-            0xcc => Int::unsigned(u64::from(self.byte()?)),
-            0xcd => Int::unsigned(u64::from(u16::from_be_bytes(self.take()?))),
-            0xce => Int::unsigned(u64::from(u32::from_be_bytes(self.take()?))),
-            0xcf => Int::unsigned(u64::from_be_bytes(self.take()?)),
-            0xd0 => Int::signed(i64::from(self.byte()?.cast_signed())),
-            0xd1 => Int::signed(i64::from(i16::from_be_bytes(self.take()?))),
-            0xd2 => Int::signed(i64::from(i32::from_be_bytes(self.take()?))),
-            0xd3 => Int::signed(i64::from_be_bytes(self.take()?)),
-            marker @ 0xe0..=0xff => Int::signed(i64::from(marker.cast_signed())),
-            marker => return Err(before.mismatch(marker)),
-        })
+        if let [marker @ 0x00..=0x7f, tail @ ..] = self.rest {
+            self.rest = tail;
+            return Ok(Int::unsigned(u64::from(*marker)));
+        }
+        self.wide_int()
+    }
+
+    #[inline(never)]
+    fn wide_int(&mut self) -> Result<Int, Fault> {
+        let (int, tail) = match self.rest {
+            [marker @ 0xe0..=0xff, tail @ ..] => {
+                (Int::signed(i64::from(marker.cast_signed())), tail)
+            }
+            [0xcc, a, tail @ ..] => (Int::unsigned(u64::from(*a)), tail),
+            [0xcd, a, b, tail @ ..] => {
+                (Int::unsigned(u64::from(u16::from_be_bytes([*a, *b]))), tail)
+            }
+            [0xce, a, b, c, d, tail @ ..] => {
+                (Int::unsigned(u64::from(u32::from_be_bytes([*a, *b, *c, *d]))), tail)
+            }
+            [0xcf, a, b, c, d, e, f, g, h, tail @ ..] => {
+                (Int::unsigned(u64::from_be_bytes([*a, *b, *c, *d, *e, *f, *g, *h])), tail)
+            }
+            [0xd0, a, tail @ ..] => (Int::signed(i64::from(a.cast_signed())), tail),
+            [0xd1, a, b, tail @ ..] => (Int::signed(i64::from(i16::from_be_bytes([*a, *b]))), tail),
+            [0xd2, a, b, c, d, tail @ ..] => {
+                (Int::signed(i64::from(i32::from_be_bytes([*a, *b, *c, *d]))), tail)
+            }
+            [0xd3, a, b, c, d, e, f, g, h, tail @ ..] => {
+                (Int::signed(i64::from_be_bytes([*a, *b, *c, *d, *e, *f, *g, *h])), tail)
+            }
+            _ => return Err(self.unexpected(Kind::Int)),
+        };
+        self.rest = tail;
+        Ok(int)
     }
 
     /// Reads a float of either width, or an integer as the nearest float.
     pub(super) fn number(&mut self) -> Result<f64, Fault> {
-        match self.rest.first() {
-            Some(0xca) => {
-                self.byte()?;
-                Ok(f64::from(f32::from_be_bytes(self.take()?)))
+        let (number, tail) = match self.rest {
+            [0xca, a, b, c, d, tail @ ..] => {
+                (f64::from(f32::from_be_bytes([*a, *b, *c, *d])), tail)
             }
-            Some(0xcb) => {
-                self.byte()?;
-                Ok(f64::from_be_bytes(self.take()?))
+            [0xcb, a, b, c, d, e, f, g, h, tail @ ..] => {
+                (f64::from_be_bytes([*a, *b, *c, *d, *e, *f, *g, *h]), tail)
             }
+            [0xca | 0xcb, ..] => return Err(self.unexpected(Kind::Float)),
             _ => {
                 let int = self.int()?;
-                Ok(int.to_i64().map_or(int.bits() as f64, |value| value as f64))
+                return Ok(int.to_i64().map_or(int.bits() as f64, |value| value as f64));
             }
-        }
+        };
+        self.rest = tail;
+        Ok(number)
     }
 
     /// Reads a string's bytes. Whether they are UTF-8 is the caller's question.
-    #[inline]
+    #[inline(always)] // keys: a call costs more than the common case
     pub(super) fn str_bytes(&mut self) -> Result<&'a [u8], Fault> {
-        let before = *self;
-        let len = match self.byte()? {
-            marker @ 0xa0..=0xbf => usize::from(marker & 0x1f),
-            0xd9 => usize::from(self.byte()?),
-            0xda => usize::from(u16::from_be_bytes(self.take()?)),
-            0xdb => self.len32()?,
-            marker => return Err(before.mismatch(marker)),
-        };
-        self.slice(len)
+        if let [marker @ 0xa0..=0xbf, tail @ ..] = self.rest
+            && let Some((head, tail)) = tail.split_at_checked(usize::from(marker & 0x1f))
+        {
+            self.rest = tail;
+            return Ok(head);
+        }
+        self.long_str_bytes()
+    }
+
+    #[inline(never)]
+    fn long_str_bytes(&mut self) -> Result<&'a [u8], Fault> {
+        match self.rest {
+            [0xd9, a, tail @ ..] => self.split(tail, usize::from(*a)),
+            [0xda, a, b, tail @ ..] => self.split(tail, long([0, 0, *a, *b])),
+            [0xdb, a, b, c, d, tail @ ..] => self.split(tail, long([*a, *b, *c, *d])),
+            _ => Err(self.unexpected(Kind::Str)),
+        }
     }
 
     /// Reads a byte string.
     #[inline]
     pub(super) fn bin(&mut self) -> Result<&'a [u8], Fault> {
-        let before = *self;
-        let len = match self.byte()? {
-            0xc4 => usize::from(self.byte()?),
-            0xc5 => usize::from(u16::from_be_bytes(self.take()?)),
-            0xc6 => self.len32()?,
-            marker => return Err(before.mismatch(marker)),
-        };
-        self.slice(len)
+        match self.rest {
+            [0xc4, a, tail @ ..] => self.split(tail, usize::from(*a)),
+            [0xc5, a, b, tail @ ..] => self.split(tail, long([0, 0, *a, *b])),
+            [0xc6, a, b, c, d, tail @ ..] => self.split(tail, long([*a, *b, *c, *d])),
+            _ => Err(self.unexpected(Kind::Bin)),
+        }
     }
 
     /// Reads an array's head: how many values follow, at most as many as bytes are left.
-    #[inline]
+    #[inline(always)]
     pub(super) fn array(&mut self) -> Result<usize, Fault> {
-        let before = *self;
-        let count = match self.byte()? {
-            marker @ 0x90..=0x9f => usize::from(marker & 0x0f),
-            0xdc => usize::from(u16::from_be_bytes(self.take()?)),
-            0xdd => self.len32()?,
-            marker => return Err(before.mismatch(marker)),
-        };
-        self.fits(count)
+        if let [marker @ 0x90..=0x9f, tail @ ..] = self.rest {
+            return self.open(tail, usize::from(marker & 0x0f), 1);
+        }
+        self.long_array()
+    }
+
+    #[inline(never)]
+    fn long_array(&mut self) -> Result<usize, Fault> {
+        match self.rest {
+            [0xdc, a, b, tail @ ..] => self.open(tail, long([0, 0, *a, *b]), 1),
+            [0xdd, a, b, c, d, tail @ ..] => self.open(tail, long([*a, *b, *c, *d]), 1),
+            _ => Err(self.unexpected(Kind::Array)),
+        }
     }
 
     /// Reads a map's head: how many pairs follow, at most half as many as bytes are left.
-    #[inline]
+    #[inline(always)]
     pub(super) fn map(&mut self) -> Result<usize, Fault> {
-        let before = *self;
-        let count = match self.byte()? {
-            marker @ 0x80..=0x8f => usize::from(marker & 0x0f),
-            0xde => usize::from(u16::from_be_bytes(self.take()?)),
-            0xdf => self.len32()?,
-            marker => return Err(before.mismatch(marker)),
-        };
-        self.fits(count.saturating_mul(2)).map(|values| values / 2)
+        if let [marker @ 0x80..=0x8f, tail @ ..] = self.rest {
+            return self.open(tail, usize::from(marker & 0x0f), 2);
+        }
+        self.long_map()
     }
 
-    /// Reads integers of the three widths that tokens have (7, 16 and 32 bits, unsigned) into
-    /// `slots`, and stops in front of the first value of any other form. Returns how many it read.
+    #[inline(never)]
+    fn long_map(&mut self) -> Result<usize, Fault> {
+        match self.rest {
+            [0xde, a, b, tail @ ..] => self.open(tail, long([0, 0, *a, *b]), 2),
+            [0xdf, a, b, c, d, tail @ ..] => self.open(tail, long([*a, *b, *c, *d]), 2),
+            _ => Err(self.unexpected(Kind::Map)),
+        }
+    }
+
+    /// Reads unsigned integers of up to 32 bits, in the forms that engines write them, into
+    /// `slots`, and stops in front of the first value of any other form, or within the payload's
+    /// last 7 bytes. Returns how many it read.
     ///
-    /// Equivalent to calling [`int`](Self::int) while it returns such a width.
+    /// Equivalent to calling [`int`](Self::int) while it returns such a form. As long as all are
+    /// 16 bits wide, the branch on that is free. Text mixes widths, where a mispredicted branch
+    /// costs more than the step: from the first other width on, two steps at a time are computed.
     #[inline]
     pub(super) fn fill_u32(&mut self, slots: &mut [u32]) -> usize {
         let mut rest = self.rest;
         let mut read = 0;
-        for slot in slots.iter_mut() {
-            match rest {
-                [0xcd, a, b, tail @ ..] => {
-                    *slot = u32::from(u16::from_be_bytes([*a, *b]));
-                    rest = tail;
-                }
-                [0xce, a, b, c, d, tail @ ..] => {
-                    *slot = u32::from_be_bytes([*a, *b, *c, *d]);
-                    rest = tail;
-                }
-                [small @ 0x00..=0x7f, tail @ ..] => {
-                    *slot = u32::from(*small);
-                    rest = tail;
-                }
-                _ => break,
-            }
+        while let [0xcd, high, low, tail @ ..] = rest
+            && let Some(slot) = slots.get_mut(read)
+        {
+            *slot = u32::from(u16::from_be_bytes([*high, *low]));
+            rest = tail;
+            read += 1;
+        }
+        while let Some([low, high]) = slots.get_mut(read..).and_then(<[u32]>::first_chunk_mut)
+            && let Some((first, second)) = two_u32(rest)
+            && let Some(tail) = rest.get(first + second..)
+            && let Some(first_at) = rest.first_chunk::<8>()
+            && let Some(second_at) = rest.get(first..).and_then(<[u8]>::first_chunk)
+        {
+            *low = short_u32(*first_at, first);
+            *high = short_u32(*second_at, second);
+            rest = tail;
+            read += 2;
+        }
+        while let Some(slot) = slots.get_mut(read)
+            && let Some(window @ [marker, ..]) = rest.first_chunk::<8>()
+            && is_u32(*marker)
+        {
+            let size = 1 + int_bytes(*marker);
+            *slot = short_u32(*window, size);
+            rest = rest.get(size..).unwrap_or_default();
             read += 1;
         }
         self.rest = rest;
@@ -312,106 +366,42 @@ impl<'a> Cursor<'a> {
     /// nested `depth` deep (a scalar needs 0), and never deeper than [`MAX_DEPTH`].
     #[inline]
     pub(super) fn skip(&mut self, depth: usize) -> Result<(), Fault> {
-        self.skip_values(1, depth.min(MAX_DEPTH))
+        self.skip_values(1, depth)
     }
 
     /// Skips `count` values; see [`skip`](Self::skip).
+    #[inline]
     pub(super) fn skip_values(&mut self, count: usize, depth: usize) -> Result<(), Fault> {
-        for _ in 0..count {
-            // Tokens first: they are nearly all of a payload. Constant steps behind predictable
-            // branches let the processor run ahead, which a table of lengths would not.
-            match self.rest {
-                [0xcd, _, _, tail @ ..]
-                | [0xce, _, _, _, _, tail @ ..]
-                | [0x00..=0x7f, tail @ ..] => {
-                    self.rest = tail;
-                }
-                [marker @ 0xa0..=0xbf, tail @ ..] => match tail.get(usize::from(marker & 0x1f)..) {
-                    Some(tail) => self.rest = tail,
-                    None => return Err(self.truncated()),
-                },
-                _ => self.skip_other(depth)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn skip_other(&mut self, depth: usize) -> Result<(), Fault> {
-        let before = *self;
-        let marker = self.byte()?;
-        let bytes = match marker {
-            0x00..=0x7f | 0xe0..=0xff | 0xc0 | 0xc2 | 0xc3 => 0,
-            0xcc | 0xd0 => 1,
-            0xcd | 0xd1 => 2,
-            0xca | 0xce | 0xd2 => 4,
-            0xcb | 0xcf | 0xd3 => 8,
-            0xa0..=0xbf => usize::from(marker & 0x1f),
-            0xc4 | 0xd9 => usize::from(self.byte()?),
-            0xc5 | 0xda => usize::from(u16::from_be_bytes(self.take()?)),
-            0xc6 | 0xdb => self.len32()?,
-            // Extensions: one byte of type goes before the data.
-            0xd4..=0xd8 => 1 + (1 << (marker - 0xd4)),
-            0xc7 => 1 + usize::from(self.byte()?),
-            0xc8 => 1 + usize::from(u16::from_be_bytes(self.take()?)),
-            0xc9 => self.len32()?.saturating_add(1),
-            0x80..=0x9f | 0xdc..=0xdf => {
-                *self = before;
-                let values = match Kind::of(marker) {
-                    Kind::Map => self.map()? * 2,
-                    _ => self.array()?,
-                };
-                let Some(depth) = depth.checked_sub(1) else {
-                    return Err(Fault::TooDeep { offset: before.offset() });
-                };
-                return self.skip_values(values, depth);
-            }
-            0xc1 => return Err(Fault::Reserved { offset: before.offset() }),
-        };
-        self.slice(bytes).map(|_| ())
-    }
-
-    #[inline]
-    fn byte(&mut self) -> Result<u8, Fault> {
-        match self.rest {
-            [byte, rest @ ..] => {
+        let mut skip = Skip { len: self.len, fault: Fault::Truncated { offset: self.len } };
+        match skip.values(self.rest, count, depth.min(MAX_DEPTH)) {
+            Some(rest) => {
                 self.rest = rest;
-                Ok(*byte)
+                Ok(())
             }
-            [] => Err(self.truncated()),
+            None => Err(skip.fault),
         }
     }
 
+    /// Takes `len` bytes off `tail`, which follows the head of a string.
     #[inline]
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
-        match self.rest.split_first_chunk::<N>() {
-            Some((head, rest)) => {
-                self.rest = rest;
-                Ok(*head)
-            }
-            None => Err(self.truncated()),
-        }
-    }
-
-    #[inline]
-    fn slice(&mut self, len: usize) -> Result<&'a [u8], Fault> {
-        match self.rest.split_at_checked(len) {
-            Some((head, rest)) => {
-                self.rest = rest;
+    fn split(&mut self, tail: &'a [u8], len: usize) -> Result<&'a [u8], Fault> {
+        match tail.split_at_checked(len) {
+            Some((head, tail)) => {
+                self.rest = tail;
                 Ok(head)
             }
             None => Err(self.truncated()),
         }
     }
 
-    fn len32(&mut self) -> Result<usize, Fault> {
-        let len = u32::from_be_bytes(self.take()?);
-        // Saturates where usize is narrower than the header; nothing that long fits anyway.
-        Ok(usize::try_from(len).unwrap_or(usize::MAX))
-    }
-
+    /// Enters a container of `count` times `each` values that start at `tail`.
     #[inline]
-    fn fits(&self, values: usize) -> Result<usize, Fault> {
-        if values > self.rest.len() { Err(self.truncated()) } else { Ok(values) }
+    fn open(&mut self, tail: &'a [u8], count: usize, each: usize) -> Result<usize, Fault> {
+        if count.saturating_mul(each) > tail.len() {
+            return Err(self.truncated());
+        }
+        self.rest = tail;
+        Ok(count)
     }
 
     #[cold]
@@ -419,13 +409,61 @@ impl<'a> Cursor<'a> {
         Fault::Truncated { offset: self.offset() }
     }
 
+    /// Why no value of type `want` starts here.
     #[cold]
-    fn mismatch(&self, marker: u8) -> Fault {
-        match Kind::of(marker) {
-            Kind::Reserved => Fault::Reserved { offset: self.offset() },
-            found => Fault::Type { offset: self.offset(), found },
+    fn unexpected(&self, want: Kind) -> Fault {
+        let offset = self.offset();
+        match self.rest.first().map(|&marker| Kind::of(marker)) {
+            Some(Kind::Reserved) => Fault::Reserved { offset },
+            Some(found) if found != want => Fault::Type { offset, found },
+            _ => Fault::Truncated { offset },
         }
     }
+}
+
+/// A length of 32 bits. Saturates where `usize` is narrower; nothing that long fits there anyway.
+#[inline(always)]
+fn long(bytes: [u8; 4]) -> usize {
+    usize::try_from(u32::from_be_bytes(bytes)).unwrap_or(usize::MAX)
+}
+
+/// Bytes after the marker of an unsigned integer: none for `0x00..=0x7f`, and 1, 2, 4, 8 for
+/// `0xcc..=0xcf`. Meaningless for other markers.
+#[inline]
+const fn int_bytes(marker: u8) -> usize {
+    ((marker >> 7) as usize) << (marker & 3)
+}
+
+/// The sizes, with their markers, of the two unsigned integers of up to 32 bits that `bytes` starts
+/// with; `None` if there are none or less than 8 bytes. Both markers lie in the first 8.
+#[inline(always)]
+fn two_u32(bytes: &[u8]) -> Option<(usize, usize)> {
+    let window = u64::from_le_bytes(*bytes.first_chunk()?);
+    let first = int_bytes(window as u8);
+    // Masked, because after another marker `first` may be too large to shift by.
+    let after = window >> 8 >> ((8 * first) & 63);
+    let second = int_bytes(after as u8);
+    let both = is_u32(window as u8) & is_u32(after as u8);
+    both.then_some((first + 1, second + 1))
+}
+
+/// The value of the unsigned integer of `size` bytes, 1 to 5 with its marker, that `window` starts
+/// with.
+#[inline(always)]
+fn short_u32(window: [u8; 8], size: usize) -> u32 {
+    // Shifts the marker out at the top, and what follows the value out at the bottom: all of it
+    // if the marker is the value, and in two steps because a shift by 64 is none.
+    let wide = (u64::from_be_bytes(window) << 8) >> 1 >> (71_usize.wrapping_sub(8 * size) & 63);
+    let [marker, ..] = window;
+    // The marker if it is the value, else 0; tokens mix both, so no branch.
+    let fixed = marker & !(marker.cast_signed() >> 7).cast_unsigned();
+    wide as u32 | u32::from(fixed)
+}
+
+/// Whether a marker is one of an unsigned integer of up to 32 bits.
+#[inline(always)]
+const fn is_u32(marker: u8) -> bool {
+    marker < 0x80 || marker.wrapping_sub(0xcc) < 3
 }
 
 #[cfg(test)]

@@ -13,3 +13,4 @@ mod discovery;
 mod replay_tool;
 mod streams;
 mod support;
+mod wire;

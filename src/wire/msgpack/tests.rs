@@ -52,7 +52,7 @@ fn numbers_of_every_width() {
     assert_eq!(number("ff"), Ok(-1.0));
     assert_eq!(number("cf ffffffffffffffff"), Ok(u64::MAX as f64));
     assert_eq!(number("a1 31"), Err(Fault::Type { offset: 0, found: Kind::Str }));
-    assert_eq!(number("cb 00"), Err(Fault::Truncated { offset: 1 }));
+    assert_eq!(number("cb 00"), Err(Fault::Truncated { offset: 0 }));
 }
 
 #[test]
@@ -102,12 +102,12 @@ fn nesting_is_limited() {
 
 #[test]
 fn runs_stop_before_other_forms() {
-    let bytes = hex("07 cd0102 ce01020304 cc05 06");
+    let bytes = hex("07 cd0102 ce01020304 cc05 d006 06 c0c0c0c0c0c0c0");
     let mut at = Cursor::new(&bytes);
-    let mut slots = [9; 5];
-    assert_eq!(at.fill_u32(&mut slots), 3);
-    assert_eq!(slots, [7, 0x0102, 0x0102_0304, 9, 9]);
-    assert_eq!(at.int().unwrap().bits(), 5);
+    let mut slots = [9; 6];
+    assert_eq!(at.fill_u32(&mut slots), 4);
+    assert_eq!(slots, [7, 0x0102, 0x0102_0304, 5, 9, 9]);
+    assert_eq!(at.int().unwrap().bits(), 6);
     assert_eq!(at.fill_u32(&mut slots[..1]), 1);
     assert_eq!(at.fill_u32(&mut slots), 0);
 
@@ -143,6 +143,38 @@ fn value() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
+    /// Whatever the run reads, reading one by one reads.
+    #[test]
+    fn runs_agree_with_single_steps(
+        widths in prop::collection::vec((0usize..6, any::<u32>()), 0..40), room in 0usize..50,
+    ) {
+        let mut bytes = Vec::new();
+        for (width, value) in widths {
+            match width {
+                0 | 1 => bytes.extend([0xcd, value as u8, 1]),
+                2 => bytes.push(value as u8 & 0x7f),
+                3 => bytes.extend([0xcc, value as u8]),
+                4 => bytes.extend([[0xce].as_slice(), &value.to_be_bytes()].concat()),
+                _ if value % 8 == 0 => bytes.extend([0xd0, value as u8]),
+                _ => {}
+            }
+        }
+        let mut slots = vec![0; room];
+        let mut run = Cursor::new(&bytes);
+        let read = run.fill_u32(&mut slots);
+        let mut single = Cursor::new(&bytes);
+        for slot in &slots[..read] {
+            prop_assert_eq!(single.int().unwrap().to_u32(), Some(*slot));
+        }
+        prop_assert_eq!(run.offset(), single.offset());
+        let stops = read == room || run.rest().len() < 8 || run.rest()[0] == 0xd0;
+        prop_assert!(stops, "{} of {}", read, room);
+
+        let mut skip = Cursor::new(&bytes);
+        prop_assert_eq!(skip.skip_values(read, 0), Ok(()));
+        prop_assert_eq!(skip.offset(), single.offset());
+    }
+
     #[test]
     fn skip_finds_the_end_of_any_value(value in value()) {
         let mut bytes = Vec::new();
