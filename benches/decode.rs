@@ -4,6 +4,8 @@
 //! Model: an engine in steady state, 8 blocks stored per step, one removal event per stored block.
 //! Reads as: time for 256 batches; throughput in stored blocks per second.
 
+#![expect(clippy::expect_used, reason = "a bench has nobody to tell")]
+
 mod common;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};

@@ -4,6 +4,8 @@
 //! Reads as: time per prompt; throughput in blocks per second. `floor` is XXH3 over the same bytes
 //! in one call: what no chained hash can beat.
 
+#![expect(clippy::expect_used, reason = "a bench has nobody to tell")]
+
 mod common;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};

@@ -5,6 +5,8 @@
 //! has its first block. `store`/`remove`: one pod, prompts of 64 blocks, removed one by one.
 //! Reads as: time per call; throughput in blocks per second.
 
+#![expect(clippy::expect_used, reason = "a bench has nobody to tell")]
+
 mod common;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

@@ -7,6 +7,8 @@
 //! Reads as: throughput in stored blocks per second (each with its removal). The target of this
 //! release: at least 1 M blocks/s per core, map form.
 
+#![expect(clippy::expect_used, reason = "a bench has nobody to tell")]
+
 mod common;
 
 use std::{sync::Arc, time::Instant};

@@ -26,7 +26,7 @@ use crate::{
     index::{
         IndexConfig, PodSpec, PodUsage, Remove, Store, StoreOutcome,
         orphans::{Orphan, Orphans},
-        place::{Cursor, Laid, PrefixId, Tail},
+        place::{Completed, Cursor, Ends, Laid, PrefixId, Tail},
         slots::KeyHash,
     },
     model::{CountMode, EngineKey, GroupKind, RequestKey, TierId, TierTable},
@@ -110,7 +110,7 @@ struct Joint {
     /// First token of the request block.
     begin: u32,
     /// Prefixes that end in it and the offsets at which they do.
-    ends: SmallVec<[(PrefixId, u32); 2]>,
+    ends: Ends,
     /// Facts that it has set.
     facts: SmallVec<[(Part, u8); 1]>,
 }
@@ -145,7 +145,7 @@ impl Place {
         let odd = (!simple).then(|| {
             Box::new(Odd {
                 whole: laid.whole,
-                head: laid.joint.as_ref().map(|(key, ..)| key.0),
+                head: laid.joint.map(|joint| joint.key.0),
                 tail: laid.tail,
                 rest: cursor.tail.clone(),
                 salt: cursor.salt.clone(),
@@ -314,11 +314,11 @@ impl Ledger {
                 let start = cursor.position;
                 let extras = store.extras.of(at);
                 let laid = cursor.advance(&scheme, tokens, extras, store.lora, &mut scratch);
-                let ends = laid.joint.as_ref().map(|(_, begin, ends)| (*begin, ends.clone()));
+                let joint = laid.joint.clone();
                 let place = Place::new(start, laid, &cursor);
                 if !self.insert_new((key, part), &place, store.tier, out) {
                     self.bump((key, part), store.tier, out);
-                    if self.lay((key, part), place, ends, out) {
+                    if self.lay((key, part), place, joint, out) {
                         outcome.conflicting += 1;
                     }
                 }
@@ -376,9 +376,9 @@ impl Ledger {
                 let laid = orphan.advance(at, &mut cursor, &scheme, &mut scratch);
                 // What was removed while it waited stays removed; the path goes on over it.
                 if self.is_unplaced((key, orphan.part)) {
-                    let ends = laid.joint.as_ref().map(|(_, begin, ends)| (*begin, ends.clone()));
+                    let joint = laid.joint.clone();
                     let place = Place::new(start, laid, &cursor);
-                    self.lay((key, orphan.part), place, ends, out);
+                    self.lay((key, orphan.part), place, joint, out);
                     if let Some(group) = group {
                         self.lay_elsewhere(key, group, out);
                     }
@@ -467,7 +467,7 @@ impl Ledger {
         &mut self,
         at: EntryKey,
         place: Place,
-        ends: Option<(u32, SmallVec<[(PrefixId, u32); 2]>)>,
+        joint: Option<Completed>,
         out: &impl Holdings,
     ) -> bool {
         let Some(entry) = self.entries.get_mut(&at) else { return false };
@@ -483,10 +483,8 @@ impl Ledger {
             let node = self.nodes.entry(prefix).or_default();
             node.entries.push((at.0, at.1, place.start));
         }
-        if let (Some((begin, ends)), Some(odd)) = (ends, &place.odd)
-            && let Some(head) = odd.head
-        {
-            self.join(RequestKey(head), begin, &ends);
+        if let Some(joint) = joint {
+            self.join(joint);
         }
         self.odd_bytes += place.odd_bytes();
         let prefixes = place.prefixes();
@@ -601,13 +599,13 @@ impl Ledger {
     }
 
     /// Records that a request block is made of these prefixes.
-    fn join(&mut self, key: RequestKey, begin: u32, ends: &[(PrefixId, u32)]) {
+    fn join(&mut self, Completed { key, begin, ends }: Completed) {
         let joint = self.joints.entry(key).or_insert_with(|| Joint {
             begin,
-            ends: SmallVec::new(),
+            ends: Ends::new(),
             facts: SmallVec::new(),
         });
-        for &(prefix, end) in ends {
+        for (prefix, end) in ends {
             if !joint.ends.iter().any(|(known, _)| *known == prefix) {
                 joint.ends.push((prefix, end));
                 let node = self.nodes.entry(prefix).or_default();

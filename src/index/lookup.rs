@@ -138,8 +138,14 @@ struct Hybrid<'a> {
     parts: &'a Parts,
     /// Still worth recording.
     alive: bool,
-    /// For each block: the tags of each part that holds it, and whether it is marked.
-    blocks: Vec<(SmallVec<[(Part, Tags); 2]>, bool)>,
+    blocks: Vec<Seen>,
+}
+
+/// What a hybrid row holds of one block.
+struct Seen {
+    /// The tags of each part that holds it.
+    tags: SmallVec<[(Part, Tags); 2]>,
+    marked: bool,
 }
 
 fn heaviest(tags: Tags, weights: &Weights) -> f64 {
@@ -368,7 +374,7 @@ impl Hybrid<'_> {
             }
         }
         let marked = marks.iter().any(|(slot, _)| *slot == self.slot);
-        self.blocks.push((tags, marked));
+        self.blocks.push(Seen { tags, marked });
         let at = self.blocks.len() - 1;
         // Windows can hold again after a hole; full attention cannot.
         self.alive = marked || self.parts.windows_only() || self.full(at, u32::MAX);
@@ -378,7 +384,7 @@ impl Hybrid<'_> {
     fn tags(&self, block: usize, part: Part) -> Tags {
         self.blocks
             .get(block)
-            .and_then(|(tags, _)| tags.iter().find(|(held, _)| *held == part))
+            .and_then(|seen| seen.tags.iter().find(|(held, _)| *held == part))
             .map_or(0, |(_, tags)| *tags)
     }
 
@@ -390,8 +396,7 @@ impl Hybrid<'_> {
 
     /// The largest L that every group is satisfied with, of `keys` blocks.
     fn depth(&self, keys: usize, mask: Tags, marks: bool) -> usize {
-        let marked =
-            |block: usize| marks && self.blocks.get(block).is_some_and(|(_, marked)| *marked);
+        let marked = |block: usize| marks && self.blocks.get(block).is_some_and(|seen| seen.marked);
         let unbroken = |holds: &dyn Fn(usize) -> bool| {
             (0..keys.min(self.blocks.len())).take_while(|&b| marked(b) || holds(b)).count()
         };
@@ -446,7 +451,7 @@ impl Hybrid<'_> {
         }
         let mut score = 0.0;
         for block in 0..depth {
-            let marked = self.blocks.get(block).is_some_and(|(_, marked)| *marked);
+            let marked = self.blocks.get(block).is_some_and(|seen| seen.marked);
             score += if marked {
                 self.weight(block, weights).max(config.speculative_weight)
             } else if self.parts.any_full() {
@@ -471,7 +476,7 @@ impl Hybrid<'_> {
             confirmed: self.depth(keys, u32::MAX, false) as u32,
             score,
             tiers: by_tier,
-            speculative: self.blocks.iter().take_while(|(_, marked)| *marked).count() as u32,
+            speculative: self.blocks.iter().take_while(|seen| seen.marked).count() as u32,
         })
     }
 }

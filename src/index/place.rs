@@ -18,14 +18,27 @@ use crate::{
 /// Names a prefix that may end inside a request block: equal for equal tokens and extras.
 pub(crate) type PrefixId = u64;
 
+/// Prefixes that end inside a request block, each with the offset in it at which it does.
+pub(crate) type Ends = SmallVec<[(PrefixId, u32); 2]>;
+
+/// A request block that several engine blocks make up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Completed {
+    pub(crate) key: RequestKey,
+    /// First token of the request block.
+    pub(crate) begin: u32,
+    /// The prefixes that end inside it; that of its last engine block is the last.
+    pub(crate) ends: Ends,
+}
+
 /// The unfinished request block at the end of a prefix; empty at a block boundary.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tail {
     pub(crate) tokens: Vec<u32>,
     /// Hash inputs that touch the block so far, each once.
     extras: SmallVec<[Box<[u8]>; 1]>,
-    /// Prefixes that end inside the block, with the offset in it at which they do.
-    pub(crate) ends: SmallVec<[(PrefixId, u32); 2]>,
+    /// The prefixes that end inside the block so far.
+    pub(crate) ends: Ends,
 }
 
 /// The end of a prefix, from which its children go on.
@@ -45,9 +58,8 @@ pub(crate) struct Cursor {
 pub(crate) struct Laid {
     /// Request blocks that lie inside it, in order.
     pub(crate) whole: SmallVec<[RequestKey; 1]>,
-    /// A request block that its ancestors began and it completes: key, first token, and the
-    /// prefixes that end inside it, its own end last.
-    pub(crate) joint: Option<(RequestKey, u32, SmallVec<[(PrefixId, u32); 2]>)>,
+    /// The request block that its ancestors began and it completes.
+    pub(crate) joint: Option<Completed>,
     /// The prefix that it leaves inside an unfinished request block.
     pub(crate) tail: Option<PrefixId>,
 }
@@ -156,7 +168,7 @@ impl Cursor {
         } else {
             let mut ends = tail.ends;
             ends.push((self.key.0, scheme.block_size()));
-            laid.joint = Some((self.key, begin, ends));
+            laid.joint = Some(Completed { key: self.key, begin, ends });
         }
     }
 

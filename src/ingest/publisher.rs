@@ -260,7 +260,7 @@ impl Publisher {
         for action in actions.drain(..) {
             match action {
                 Action::Deliver(message) => {
-                    self.push(Item::Batch { sequence: message.sequence, payload: message.payload })
+                    self.push(Item::Batch { sequence: message.sequence, payload: message.payload });
                 }
                 Action::Reset { epoch } => self.push(Item::Reset { epoch }),
                 Action::Rebuild => self.push(Item::Rebuild),

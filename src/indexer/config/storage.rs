@@ -106,9 +106,9 @@ impl IndexerConfig {
                         this indexer's own default) to prefer the gpu's blocks";
             root.warn(LIST, text);
         }
-        set(&mut self.tiers.unlisted, unlisted.map(|weight| weight));
+        set(&mut self.tiers.unlisted, unlisted);
         let speculative = root.number("speculativeWeight", 0.0);
-        set(&mut self.tiers.speculative, speculative.map(|weight| weight));
+        set(&mut self.tiers.speculative, speculative);
     }
 
     /// In llm-d, a given list replaces the default one (gpu 1.0, cpu 0.8), and what is in neither
