@@ -28,7 +28,7 @@ use crate::{
 
 /// No row of an answer encodes to more than this, in bytes: a pod id of 512, 16 tiers of at most
 /// 64 characters, numbers. Smaller answers than rows × this need not be measured.
-const ROW_BYTES: usize = 4096;
+const ROW_BYTES: usize = 8192;
 
 /// Tier name of speculative entries.
 const SPECULATIVE: &str = "speculative";
@@ -56,7 +56,8 @@ impl Inner {
         for (done, keys) in request.prompts.iter().enumerate() {
             request.head.in_time(done, count)?;
             let scores = self.score_prompt(request, &table, keys, &mut found);
-            rows = rows.saturating_add(scores.pods.len());
+            let slots = scores.compact.as_ref().map_or(0, |compact| compact.slots.len());
+            rows = rows.saturating_add(scores.pods.len() + slots);
             response.prompts.push(scores);
             since_turn += keys.len().saturating_mul(request.head.scheme.block_size() as usize);
             if since_turn >= TURN_TOKENS {
