@@ -34,7 +34,8 @@ const STREAM_WINDOW: u32 = 1 << 20;
 /// it was cut off at requests of 20 bytes, with 16 MiB it is not.
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
-/// Serves both APIs on `listener` until `stop`, then lets calls in flight end for at most `drain`.
+/// Serves both APIs on `listener` until `stop`, then ends streams and lets other calls in flight end
+/// for at most `drain`.
 ///
 /// Health is SERVING for all names while `ready` is true. Set it to false some time before `stop`,
 /// so that load balancers notice.
@@ -75,7 +76,11 @@ pub async fn serve(
         .add_service(ours)
         .add_service(llmd);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let serving = router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+    let closing = async {
+        stop.cancelled().await;
+        service.close();
+    };
+    let serving = router.serve_with_incoming_shutdown(incoming, closing);
     let health = watch_health(reporter, ready, stop.clone());
     let late = async {
         stop.cancelled().await;

@@ -62,8 +62,6 @@ pub struct Parts {
     pub metrics: ScoreMetrics,
     /// Text → tokens, where configured.
     pub tokenizer: Option<Arc<dyn Tokenize>>,
-    /// Ends the streaming calls, and waits, with UNAVAILABLE.
-    pub stop: CancellationToken,
 }
 
 /// Both services; clones share everything.
@@ -81,7 +79,9 @@ pub(crate) struct Inner {
     speculations: Arc<Speculations>,
     metrics: ScoreMetrics,
     tokenizer: Option<Arc<dyn Tokenize>>,
+    /// Ends the streaming calls and the waits, with UNAVAILABLE.
     stop: CancellationToken,
+    /// Readers of the streaming calls.
     tasks: TaskTracker,
 }
 
@@ -89,9 +89,7 @@ impl Service {
     /// The services over `parts`.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { fleet, tiers, config, registry, speculations, metrics, tokenizer, stop } =
-            parts;
-        let tasks = TaskTracker::new();
+        let Parts { fleet, tiers, config, registry, speculations, metrics, tokenizer } = parts;
         Self {
             inner: Arc::new(Inner {
                 fleet,
@@ -101,8 +99,8 @@ impl Service {
                 speculations,
                 metrics,
                 tokenizer,
-                stop,
-                tasks,
+                stop: CancellationToken::new(),
+                tasks: TaskTracker::new(),
             }),
         }
     }
@@ -113,8 +111,14 @@ impl Service {
         &self.inner.config
     }
 
-    /// Returns when the tasks of all streaming calls have ended; new ones must not begin.
+    /// Ends streaming calls and waits with UNAVAILABLE; other calls go on.
+    pub fn close(&self) {
+        self.inner.stop.cancel();
+    }
+
+    /// Closes, and returns when the tasks of all streaming calls have ended.
     pub async fn drained(&self) {
+        self.close();
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
     }

@@ -281,7 +281,7 @@ impl Case<'_> {
             found.map_or((0, 0), |found| (found.depth as usize, found.confirmed as usize));
         let total = self.keys.len();
         let expected = if depth > confirmed {
-            format!("; {} blocks after it are speculative", depth - confirmed)
+            format!("; {} blocks from there on are speculative", depth - confirmed)
         } else {
             String::new()
         };

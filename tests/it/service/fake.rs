@@ -313,7 +313,6 @@ impl World {
             speculations: Arc::clone(&speculations),
             metrics: ScoreMetrics::register(&metrics, true).unwrap(),
             tokenizer,
-            stop: stop.clone(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
