@@ -62,6 +62,8 @@ pub struct Parts {
     pub metrics: ScoreMetrics,
     /// Text → tokens, where configured.
     pub tokenizer: Option<Arc<dyn Tokenize>>,
+    /// Does what [`Service::close`] does.
+    pub stop: CancellationToken,
 }
 
 /// Both services; clones share everything.
@@ -89,7 +91,8 @@ impl Service {
     /// The services over `parts`.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { fleet, tiers, config, registry, speculations, metrics, tokenizer } = parts;
+        let Parts { fleet, tiers, config, registry, speculations, metrics, tokenizer, stop } =
+            parts;
         Self {
             inner: Arc::new(Inner {
                 fleet,
@@ -99,7 +102,8 @@ impl Service {
                 speculations,
                 metrics,
                 tokenizer,
-                stop: CancellationToken::new(),
+                // A child: closing the services must not stop others who hold the token.
+                stop: stop.child_token(),
                 tasks: TaskTracker::new(),
             }),
         }

@@ -313,6 +313,7 @@ impl World {
             speculations: Arc::clone(&speculations),
             metrics: ScoreMetrics::register(&metrics, true).unwrap(),
             tokenizer,
+            stop: CancellationToken::new(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
