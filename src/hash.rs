@@ -5,9 +5,11 @@
 //! i)`, rooted in seed, model and LoRA name.
 
 mod algorithm;
+mod models;
 mod prompt;
 
 pub use self::{
     algorithm::{Algorithm, Scheme},
+    models::Models,
     prompt::{MultimodalItem, Prompt, PromptError},
 };

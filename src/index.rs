@@ -23,14 +23,18 @@
 //! the call, so an answer is exact for every pod to which nothing was applied meanwhile.
 
 pub mod dash;
-pub mod ledger;
+mod ledger;
+mod lookup;
 pub mod naive;
+mod orphans;
+mod place;
+mod slots;
 
 use std::{sync::Arc, time::Instant};
 
 use crate::{
     hash::Scheme,
-    model::{CountMode, EngineKey, ExtraKey, GroupKind, PodSlot, RequestKey, TierId},
+    model::{CountMode, EngineKey, ExtraKey, GroupKind, PodSlot, RequestKey, TierId, TierTable},
 };
 
 /// What a row needs to be indexed.
@@ -83,8 +87,9 @@ pub struct Store<'a> {
     pub salt: Option<&'a str>,
     /// Attention group.
     pub group: Option<u32>,
-    /// What the group asks of a prefix.
-    pub kind: GroupKind,
+    /// What the group asks of a prefix; absent when the event does not say: then what the group
+    /// said before, or full attention.
+    pub kind: Option<GroupKind>,
     /// Tier that holds the copy.
     pub tier: TierId,
     /// Arrival, for the time limit of orphans.
@@ -121,6 +126,33 @@ pub struct StoreOutcome {
     pub conflicting: u32,
     /// Blocks refused because the index is at its cap.
     pub refused: u32,
+}
+
+/// Limits and weights of an index.
+#[derive(Clone, Debug)]
+pub struct IndexConfig {
+    /// Tier names and weights.
+    pub tiers: Arc<TierTable>,
+    /// Weight of a block that only a speculative entry claims.
+    pub speculative_weight: f64,
+    /// Estimated bytes beyond which stores are refused.
+    pub cap_bytes: u64,
+    /// Blocks per pod that may wait for an unknown parent.
+    pub orphan_blocks: usize,
+    /// Rows at most.
+    pub max_pods: usize,
+}
+
+impl Default for IndexConfig {
+    fn default() -> Self {
+        Self {
+            tiers: Arc::default(),
+            speculative_weight: 1.0,
+            cap_bytes: 4 << 30,
+            orphan_blocks: 65_536,
+            max_pods: 4096,
+        }
+    }
 }
 
 /// How much a pod holds.

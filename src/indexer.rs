@@ -1,13 +1,22 @@
 //! The kv-indexer service: configuration, gRPC, HTTP admin, wiring.
 
 pub mod api;
+pub mod args;
+pub mod config;
 mod error;
 pub mod metrics;
+mod pods;
 pub mod ready;
 pub mod registry;
+mod run;
 pub mod server;
 pub mod service;
 pub mod speculation;
 pub mod tokenize;
 
-pub use self::{api::ApiConfig, error::ScoreError};
+pub use self::{
+    api::ApiConfig,
+    config::IndexerConfig,
+    error::ScoreError,
+    run::{Addresses, run},
+};

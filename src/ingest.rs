@@ -1,7 +1,213 @@
 //! From the engines' ZeroMQ streams to the index.
+//!
+//! ```text
+//!  SUB sockets ─▶ subscriber threads ─▶ sequencer per publisher ─▶ queue per publisher ─▶ lanes ─▶ index
+//!                      ▲    DEALER (replay) ─┘                                              └─▶ rows
+//!  pods: configuration, pods file, discovery, RegisterPod
+//! ```
+//!
+//! # Invariants
+//!
+//! * A publisher's batches are applied in order, by one lane.
+//! * A row's state becomes true in the queue's order: `live` is shown when the last batch that it
+//!   rests on is visible.
+//! * Every queue is bounded; what does not fit is lost as on the network, shows as a gap, and is
+//!   asked for again.
+//! * After [`Ingest::remove`] returned, nothing of the pod is visible and nothing is applied any more.
 
+mod apply;
 pub mod config;
+pub mod discovery;
 pub mod fleet;
+mod frame;
+mod lane;
+pub mod metrics;
+mod publisher;
 pub mod sequencer;
+mod subscriber;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        mpsc::{Receiver, sync_channel},
+    },
+    time::Duration,
+};
 
 pub use self::config::IngestConfig;
+use self::{
+    apply::Shared,
+    fleet::{Fleet, PodDeclaration, lock},
+    lane::Lanes,
+    metrics::IngestMetrics,
+    publisher::Context,
+    subscriber::{Command, Subscriber},
+};
+use crate::{hash::Models, model::TierTable};
+
+/// How long a command to a subscriber thread may take.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// The running ingest path. [`stop`](Self::stop) it before it is dropped.
+#[derive(Debug)]
+pub struct Ingest {
+    context: Arc<Context>,
+    subscribers: Vec<Subscriber>,
+    /// Who declared what, and on which thread it runs.
+    declared: Mutex<HashMap<(String, Option<u32>), Declared>>,
+}
+
+#[derive(Debug)]
+struct Declared {
+    declaration: Arc<PodDeclaration>,
+    thread: usize,
+}
+
+/// Why a pod was not added.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddError {
+    /// As many rows as configured, or an endpoint that ZeroMQ refuses.
+    #[error("no room for pod {0}, or its endpoint cannot be used")]
+    Refused(String),
+    /// The subscriber thread did not answer.
+    #[error("the subscriber thread does not answer")]
+    Busy,
+}
+
+impl Ingest {
+    /// Starts the threads, and the bound socket if one is configured. The configured pods are not
+    /// added yet.
+    ///
+    /// # Errors
+    ///
+    /// When a thread or a socket cannot be made, or the bind address is taken.
+    pub fn start(
+        config: IngestConfig,
+        models: Models,
+        tiers: Arc<TierTable>,
+        fleet: Arc<Fleet>,
+        metrics: IngestMetrics,
+    ) -> anyhow::Result<Self> {
+        let lanes = Lanes::start(config.lanes)?;
+        let threads = config.lanes.max(1);
+        let shared = Arc::new(Shared {
+            fleet,
+            tiers,
+            metrics,
+            limits: config.limits.clone(),
+            orphan_timeout: config.orphan_timeout,
+        });
+        let zmq = zmq::Context::new();
+        let bind = config.bind.clone();
+        let context = Arc::new(Context { config, models, shared, lanes, zmq });
+        let subscribers = (0..threads)
+            .map(|number| Subscriber::start(&context, number))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let ingest = Self { context, subscribers, declared: Mutex::default() };
+        if let Some(endpoint) = bind {
+            ingest.bind(&endpoint)?;
+        }
+        Ok(ingest)
+    }
+
+    fn bind(&self, endpoint: &str) -> anyhow::Result<()> {
+        let (heard, answer) = sync_channel(1);
+        let told =
+            self.subscribers.first().is_some_and(|s| s.tell(Command::Bind(endpoint.into(), heard)));
+        anyhow::ensure!(told, "the subscriber thread does not take commands");
+        match answer.recv_timeout(ANSWER) {
+            Ok(Ok(bound)) => {
+                tracing::info!(endpoint = bound, "Engines may connect.");
+                Ok(())
+            }
+            Ok(Err(error)) => anyhow::bail!("cannot bind {endpoint}: {error}"),
+            Err(_) => anyhow::bail!("the subscriber thread does not answer"),
+        }
+    }
+
+    /// Subscribes to a publisher. An equal declaration is a no-op; a different one for the same pod
+    /// and rank replaces it. Blocks for the time of a few system calls.
+    ///
+    /// # Errors
+    ///
+    /// [`AddError`].
+    pub fn add(&self, declaration: PodDeclaration) -> Result<(), AddError> {
+        let key = (declaration.pod.clone(), declaration.rank);
+        let mut declared = lock(&self.declared);
+        if declared.get(&key).is_some_and(|known| *known.declaration == declaration) {
+            return Ok(());
+        }
+        if let Some(old) = declared.remove(&key) {
+            self.unsubscribe(&key, old.thread);
+        }
+        let thread = (0..self.subscribers.len())
+            .min_by_key(|thread| declared.values().filter(|other| other.thread == *thread).count())
+            .unwrap_or_default();
+        let declaration = Arc::new(declaration);
+        let (heard, answer) = sync_channel(1);
+        let add = Command::Add(Arc::clone(&declaration), heard);
+        if !self.subscribers.get(thread).is_some_and(|subscriber| subscriber.tell(add)) {
+            return Err(AddError::Busy);
+        }
+        match answer.recv_timeout(ANSWER) {
+            Ok(true) => {
+                declared.insert(key, Declared { declaration, thread });
+                Ok(())
+            }
+            Ok(false) => Err(AddError::Refused(key.0)),
+            Err(_) => Err(AddError::Busy),
+        }
+    }
+
+    /// Ends the publisher declared for this pod and rank; `rank` absent: every one of the pod.
+    /// Returns whether there was one. When it returns, no trace is visible any more.
+    pub fn remove(&self, pod: &str, rank: Option<u32>) -> bool {
+        let mut declared = lock(&self.declared);
+        let keys: Vec<_> = declared
+            .keys()
+            .filter(|(known, of)| known == pod && (rank.is_none() || *of == rank))
+            .cloned()
+            .collect();
+        for key in &keys {
+            if let Some(old) = declared.remove(key) {
+                self.unsubscribe(key, old.thread);
+            }
+        }
+        !keys.is_empty()
+    }
+
+    /// What is declared for a pod and rank.
+    #[must_use]
+    pub fn declaration(&self, pod: &str, rank: Option<u32>) -> Option<PodDeclaration> {
+        let declared = lock(&self.declared);
+        declared.get(&(pod.to_owned(), rank)).map(|known| (*known.declaration).clone())
+    }
+
+    /// Subscriptions that exist, connected or not.
+    #[must_use]
+    pub fn subscriptions(&self) -> usize {
+        lock(&self.declared).len() + usize::from(self.context.config.bind.is_some())
+    }
+
+    fn unsubscribe(&self, (pod, rank): &(String, Option<u32>), thread: usize) {
+        let (heard, answer): (_, Receiver<bool>) = sync_channel(1);
+        let told = self
+            .subscribers
+            .get(thread)
+            .is_some_and(|s| s.tell(Command::Remove(pod.clone(), *rank, heard)));
+        if !told || answer.recv_timeout(ANSWER).is_err() {
+            tracing::error!(%pod, "The subscriber thread does not answer.");
+        }
+    }
+
+    /// Closes the sockets, applies what is queued for `patience` at most, and joins the threads.
+    /// Returns whether everything was applied.
+    pub fn stop(&self, patience: Duration) -> bool {
+        for subscriber in &self.subscribers {
+            subscriber.stop();
+        }
+        self.context.lanes.stop(patience)
+    }
+}

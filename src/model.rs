@@ -114,9 +114,9 @@ pub enum ExtraKey<'a> {
 /// Tier names, dense ids and weights. At most [`TierTable::MAX`] names; later ones share `other`.
 #[derive(Debug)]
 pub struct TierTable {
-    names: std::sync::RwLock<Vec<(Arc<str>, f32)>>,
-    configured: Vec<(Arc<str>, f32)>,
-    unlisted: f32,
+    names: std::sync::RwLock<Vec<(Arc<str>, f64)>>,
+    configured: Vec<(Arc<str>, f64)>,
+    unlisted: f64,
 }
 
 impl TierTable {
@@ -125,7 +125,7 @@ impl TierTable {
     /// Tier of a store without medium.
     pub const GPU: TierId = TierId(0);
     const OTHER: &'static str = "other";
-    const DEFAULTS: [(&'static str, f32); 7] = [
+    const DEFAULTS: [(&'static str, f64); 7] = [
         ("gpu", 1.0),
         ("cpu", 0.8),
         ("disk", 0.5),
@@ -138,8 +138,8 @@ impl TierTable {
     /// A table with the default weights, overridden and extended by `configured`; names that are
     /// in neither weigh `unlisted`.
     #[must_use]
-    pub fn new(configured: &[(String, f32)], unlisted: f32) -> Self {
-        let mut all: Vec<(Arc<str>, f32)> =
+    pub fn new(configured: &[(String, f64)], unlisted: f64) -> Self {
+        let mut all: Vec<(Arc<str>, f64)> =
             Self::DEFAULTS.iter().map(|&(name, weight)| (Arc::from(name), weight)).collect();
         for (name, weight) in configured {
             let name = Self::normalize(name);
@@ -161,7 +161,7 @@ impl TierTable {
             return Self::GPU;
         }
         let name = Self::normalize(medium);
-        let find = |names: &[(Arc<str>, f32)]| {
+        let find = |names: &[(Arc<str>, f64)]| {
             names.iter().position(|(known, _)| **known == *name).map(|at| TierId(at as u8))
         };
         if let Some(id) = find(&self.read()) {
@@ -199,7 +199,7 @@ impl TierTable {
 
     /// Weights by id; ids that were not given out weigh `unlisted`.
     #[must_use]
-    pub fn weights(&self) -> [f32; Self::MAX] {
+    pub fn weights(&self) -> [f64; Self::MAX] {
         let mut weights = [self.unlisted; Self::MAX];
         for (slot, (_, weight)) in weights.iter_mut().zip(self.read().iter()) {
             *slot = *weight;
@@ -207,7 +207,7 @@ impl TierTable {
         weights
     }
 
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, Vec<(Arc<str>, f32)>> {
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Vec<(Arc<str>, f64)>> {
         match self.names.read() {
             Ok(names) => names,
             Err(poisoned) => poisoned.into_inner(),

@@ -1,1 +1,11 @@
-//! support
+//! What every program of the project needs and none is about: configuration reading, telemetry,
+//! process metrics, supervised tasks, the admin server.
+//!
+//! Nothing here imports another module of the crate.
+
+pub mod admin;
+pub mod fields;
+pub mod metrics;
+pub mod signal;
+pub mod task;
+pub mod telemetry;

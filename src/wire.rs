@@ -1,5 +1,59 @@
 //! KV-event batches as vLLM 0.9 … 0.33 and SGLang 0.4.7 … 0.5.23 send them.
+//!
+//! | file | what it is for |
+//! | --- | --- |
+//! | `frame` | ZeroMQ frames → sequence, payload; topic → pod, model |
+//! | `batch` | payload → header, events one at a time; limits |
+//! | `event` | one event in array or map form |
+//! | `extra` | lazy view of the extra hash inputs |
+//! | `msgpack` | the cursor under all of them |
+//! | `error` | why a message or an event was refused |
+//! | [`encode`] | the other direction, for mock engines and tests |
+//! | [`fuzz`] | properties over arbitrary bytes |
+//!
+//! Invariants: nothing that a peer sends panics, loops longer than its bytes or allocates past
+//! [`Limits`]. A payload is refused as a whole only if it is not a batch; an event that is wrong
+//! or unknown is refused alone. Hashes are opaque: never recomputed, never compared across pods.
+//!
+//! # Examples
+//!
+//! ```
+//! use kv_indexer::wire::{BatchReader, Event, Limits, Scratch, encode};
+//!
+//! let batch = encode::Batch {
+//!     timestamp: 1.5,
+//!     events: vec![encode::Event::AllBlocksCleared],
+//!     rank: Some(0),
+//! };
+//! let payload = batch.encode(encode::Form::Map)?;
+//!
+//! let mut reader = BatchReader::new(&payload, &Limits::default())?;
+//! assert_eq!(reader.header().rank, Some(0));
+//! let mut scratch = Scratch::default(); // kept for the next batch
+//! while let Some(event) = reader.next_event(&mut scratch) {
+//!     match event {
+//!         Ok(event) => assert_eq!(event, Event::Cleared),
+//!         Err(refused) => println!("{}: {refused}", refused.reason()),
+//!     }
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
+mod batch;
+pub mod encode;
+mod error;
+mod event;
+mod extra;
+mod frame;
+pub mod fuzz;
+mod msgpack;
+
+pub use self::{
+    batch::{BatchHeader, BatchReader, Scratch, header},
+    error::{DecodeError, EventError},
+    extra::{BlockExtraKeys, ExtraBlocks},
+    frame::{Frames, MAX_MODEL_BYTES, ReplayReply, Topic},
+};
 use crate::model::EngineKey;
 
 /// One KV event, borrowed from the payload and from the reader's scratch space.
@@ -57,7 +111,8 @@ pub struct BlockRemoved<'a> {
     pub locality: Option<&'a str>,
 }
 
-/// Extra hash inputs of an event, one list per block; a view into the validated payload.
+/// Extra hash inputs of an event, one list per block; a view into the validated payload. Equal if
+/// the bytes are.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ExtraKeys<'a> {
     raw: &'a [u8],
@@ -75,7 +130,8 @@ pub struct Limits {
     pub blocks: usize,
     /// Tokens in one event.
     pub tokens: usize,
-    /// Nesting of msgpack containers.
+    /// Nesting of msgpack containers: the batch is 1, its events 3, a pair in extra keys 6. More
+    /// than 64 counts as 64.
     pub depth: usize,
 }
 
@@ -90,3 +146,6 @@ impl Default for Limits {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,118 @@
-fn main(){}
+//! `loadgen`: plays recorded KV-event streams; without a subcommand, a demo of the indexer.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use kv_indexer::{
+    indexer::{self, IndexerConfig},
+    loadgen::{
+        demo::{self, DemoOptions},
+        play::{self, PlayOptions},
+    },
+};
+use tokio::{sync::oneshot, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+/// Plays recorded KV-event streams over real sockets. Without a command: shows, in a few seconds, what
+/// the indexer makes of three recorded engines.
+#[derive(Debug, Parser)]
+#[command(name = "loadgen", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Demo: use this running indexer (gRPC) instead of starting one.
+    #[arg(long, value_name = "http://HOST:PORT")]
+    indexer: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Publishes recorded streams as the engines that sent them.
+    Replay(PlayOptions),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match arguments.command {
+        Some(Command::Replay(options)) => replay(options),
+        None => show(arguments.indexer),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            #[expect(clippy::print_stderr, reason = "the program's last words")]
+            {
+                eprintln!("loadgen: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Plays files until they are through or SIGINT comes.
+fn replay(options: PlayOptions) -> Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    runtime.block_on(async {
+        let flag = Arc::clone(&stop);
+        let mut job = tokio::task::spawn_blocking(move || {
+            play::run(&options, &flag, &mut io::stdout(), &mut io::stderr())
+        });
+        tokio::select! {
+            outcome = &mut job => outcome?,
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted?;
+                stop.store(true, Ordering::Relaxed);
+                job.await?
+            }
+        }
+    })
+}
+
+/// Runs the demo, against a given indexer or one in this process.
+fn show(indexer: Option<String>) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let mut out = io::stdout();
+        let Some(address) = indexer else { return embedded(&mut out).await };
+        demo::run(&DemoOptions { indexer: address, ..DemoOptions::default() }, &mut out).await
+    })
+}
+
+/// Starts an indexer on free loopback ports, runs the demo against it and stops it.
+async fn embedded(out: &mut io::Stdout) -> Result<()> {
+    let any: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
+    let config =
+        IndexerConfig { grpc_listen: any, admin_listen: any, ..IndexerConfig::default() };
+    let stop = CancellationToken::new();
+    let (bound, listens) = oneshot::channel();
+    let requested = stop.clone();
+    let mut running = JoinSet::new();
+    running.spawn(indexer::run(config, requested, |addresses| {
+        // The demo may have given up already.
+        bound.send(addresses).ok();
+    }));
+    let shown = match listens.await {
+        Ok(addresses) => {
+            let indexer = format!("http://{}", addresses.grpc);
+            demo::run(&DemoOptions { indexer, ..DemoOptions::default() }, out).await
+        }
+        // It ended before it listened; its own error says why.
+        Err(_) => Ok(()),
+    };
+    stop.cancel();
+    while let Some(ended) = running.join_next().await {
+        ended??;
+    }
+    shown
+}

@@ -1,1 +1,341 @@
-//! dash
+//! The first concurrent index: one [`DashMap`] from request key to the rows that hold it.
+//!
+//! # Model
+//!
+//! Every row has a ledger (which engine keys are held, where they lie) behind a lock that only its
+//! one writer takes; the ledger writes single facts into the shared map. A block's entry is a
+//! handful of bitsets, one per part and tier, so a lookup ANDs words instead of visiting pods.
+//!
+//! # Concurrency
+//!
+//! A lookup takes one shard lock per block, shared, for a few instructions. The [`View`] (which
+//! rows have more than one attention group, which are muted) changes before the events that need
+//! it are applied, so a lookup never reads a part without knowing what it asks.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+use dashmap::{DashMap, Entry};
+use smallvec::SmallVec;
+
+use crate::{
+    index::{
+        BlockIndex, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome,
+        ledger::{Holdings, Ledger, Part},
+        lookup::{self, Parts, View},
+        slots::{KeyHash, SlotSet},
+    },
+    model::{CountMode, PodSlot, RequestKey},
+};
+
+/// The rows that hold one block, by part and tag.
+#[derive(Debug, Default)]
+pub(super) struct Holders {
+    pub(super) sets: SmallVec<[Held; 1]>,
+}
+
+/// One fact's rows. See [`ledger`](super::ledger) for parts and tags.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) part: Part,
+    pub(super) tag: u8,
+    pub(super) slots: SlotSet,
+}
+
+pub(super) type Marks = SmallVec<[(PodSlot, u64); 2]>;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct DashIndex {
+    config: IndexConfig,
+    blocks: DashMap<RequestKey, Holders, KeyHash>,
+    marks: DashMap<RequestKey, Marks, KeyHash>,
+    marked: AtomicUsize,
+    rows: RwLock<Vec<Option<Arc<Row>>>>,
+    view: ArcSwap<View>,
+    /// Serializes changes of the view and of the rows.
+    changing: Mutex<()>,
+    bytes: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Row {
+    ledger: Mutex<Ledger>,
+    bytes: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The shared map as one row writes it.
+struct RowHoldings<'a> {
+    index: &'a DashIndex,
+    slot: PodSlot,
+}
+
+impl Holdings for RowHoldings<'_> {
+    fn set(&self, key: RequestKey, part: Part, tag: u8) -> bool {
+        let mut holders = self.index.blocks.entry(key).or_default();
+        let sets = &mut holders.sets;
+        if let Some(held) = sets.iter_mut().find(|held| held.part == part && held.tag == tag) {
+            return held.slots.insert(self.slot);
+        }
+        let mut slots = SlotSet::default();
+        slots.insert(self.slot);
+        sets.push(Held { part, tag, slots });
+        false
+    }
+
+    fn unset(&self, key: RequestKey, part: Part, tag: u8) {
+        let Entry::Occupied(mut holders) = self.index.blocks.entry(key) else { return };
+        let sets = &mut holders.get_mut().sets;
+        let Some(at) = sets.iter().position(|held| held.part == part && held.tag == tag) else {
+            return;
+        };
+        sets[at].slots.remove(self.slot);
+        if sets[at].slots.is_empty() {
+            sets.swap_remove(at);
+        }
+        if sets.is_empty() {
+            holders.remove();
+        }
+    }
+
+    fn any_marks(&self) -> bool {
+        self.index.marked.load(Ordering::Relaxed) > 0
+    }
+
+    fn confirm(&self, key: RequestKey) {
+        self.index.unmark(key, |slot, _| slot == self.slot);
+    }
+}
+
+impl DashIndex {
+    /// Estimated bytes of a block's entry in the shared map, with one pod.
+    const BLOCK_BYTES: u64 = ((size_of::<(RequestKey, Holders)>() + 1) * 4 / 3) as u64;
+
+    /// An empty index.
+    #[must_use]
+    pub fn new(config: IndexConfig) -> Self {
+        Self {
+            config,
+            blocks: DashMap::default(),
+            marks: DashMap::default(),
+            marked: AtomicUsize::new(0),
+            rows: RwLock::default(),
+            view: ArcSwap::default(),
+            changing: Mutex::default(),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    fn row(&self, slot: PodSlot) -> Option<Arc<Row>> {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        rows.get(slot.0 as usize)?.clone()
+    }
+
+    /// Runs `write` on the row's ledger and books the bytes that it gained or lost.
+    fn with<T>(
+        &self,
+        slot: PodSlot,
+        write: impl FnOnce(&mut Ledger, &RowHoldings<'_>) -> T,
+    ) -> Option<T> {
+        let row = self.row(slot)?;
+        let mut ledger = lock(&row.ledger);
+        let result = write(&mut ledger, &RowHoldings { index: self, slot });
+        let now = ledger.bytes();
+        let before = row.bytes.swap(now, Ordering::Relaxed);
+        if now >= before {
+            self.bytes.fetch_add(now - before, Ordering::Relaxed);
+        } else {
+            self.bytes.fetch_sub(before - now, Ordering::Relaxed);
+        }
+        Some(result)
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed) + self.blocks.len() as u64 * Self::BLOCK_BYTES
+    }
+
+    /// Must a store of this many blocks be refused? Beyond the cap every one is; in the last
+    /// sixteenth before it those of rows that take more than their share are.
+    fn refuses(&self, row: &Row, blocks: usize, rows: usize) -> bool {
+        let cap = self.config.cap_bytes;
+        let more = blocks as u64 * (Ledger::ENTRY_BYTES + Self::BLOCK_BYTES);
+        // Counting the shared map's entries locks its shards: only near the cap.
+        let own = self.bytes.load(Ordering::Relaxed).saturating_add(more);
+        let most = own.saturating_mul(1 + Self::BLOCK_BYTES / Ledger::ENTRY_BYTES + 1);
+        let reserve = cap - cap / 16;
+        if most <= reserve {
+            return false;
+        }
+        let total = self.total_bytes().saturating_add(more);
+        let share = reserve / rows.max(1) as u64;
+        // A row's own count leaves out the shared map; scale the share alike.
+        let share = share * Ledger::ENTRY_BYTES / (Ledger::ENTRY_BYTES + Self::BLOCK_BYTES);
+        total > cap || (total > reserve && row.bytes.load(Ordering::Relaxed) > share)
+    }
+
+    fn unmark(&self, key: RequestKey, which: impl Fn(PodSlot, u64) -> bool) {
+        let Entry::Occupied(mut marks) = self.marks.entry(key) else { return };
+        let before = marks.get().len();
+        marks.get_mut().retain(|(slot, mark)| !which(*slot, *mark));
+        self.marked.fetch_sub(before - marks.get().len(), Ordering::Relaxed);
+        if marks.get().is_empty() {
+            marks.remove();
+        }
+    }
+
+    fn change_view(&self, change: impl FnOnce(&mut View)) {
+        let _changing = lock(&self.changing);
+        let mut view = View::clone(&self.view.load());
+        change(&mut view);
+        self.view.store(Arc::new(view));
+    }
+}
+
+impl BlockIndex for DashIndex {
+    fn register(&self, spec: PodSpec) -> Option<PodSlot> {
+        let block_size = spec.scheme.block_size();
+        let row = Arc::new(Row {
+            ledger: Mutex::new(Ledger::new(spec, &self.config)),
+            bytes: AtomicU64::new(0),
+        });
+        let slot = {
+            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+            let free = rows.iter().position(Option::is_none).unwrap_or(rows.len());
+            if free >= self.config.max_pods {
+                return None;
+            }
+            if free == rows.len() {
+                rows.push(None);
+            }
+            rows[free] = Some(row);
+            PodSlot(free as u32)
+        };
+        self.change_view(|view| view.add(slot, block_size));
+        Some(slot)
+    }
+
+    fn unregister(&self, slot: PodSlot) {
+        self.clear(slot);
+        let keys: Vec<RequestKey> = self
+            .marks
+            .iter()
+            .filter(|marks| marks.iter().any(|(marked, _)| *marked == slot))
+            .map(|marks| *marks.key())
+            .collect();
+        for key in keys {
+            self.unmark(key, |marked, _| marked == slot);
+        }
+        self.change_view(|view| view.forget(slot));
+        // Last, so that the slot is not given out again before every trace of it is gone.
+        let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(row) = rows.get_mut(slot.0 as usize) {
+            *row = None;
+        }
+    }
+
+    fn store(&self, slot: PodSlot, store: &Store<'_>) -> StoreOutcome {
+        let Some(row) = self.row(slot) else { return StoreOutcome::default() };
+        let rows = self.view.load().rows();
+        if self.refuses(&row, store.keys.len(), rows) {
+            let refused = store.keys.len() as u32;
+            return StoreOutcome { refused, ..StoreOutcome::default() };
+        }
+        self.with(slot, |ledger, out| {
+            if ledger.learn(store.group, store.kind) {
+                let parts = Parts::new(ledger.groups());
+                self.change_view(|view| view.learn(slot, parts));
+            }
+            ledger.store(store, out)
+        })
+        .unwrap_or_default()
+    }
+
+    fn remove(&self, slot: PodSlot, remove: &Remove<'_>) {
+        self.with(slot, |ledger, out| ledger.remove(remove, out));
+    }
+
+    fn clear(&self, slot: PodSlot) {
+        self.with(slot, |ledger, out| ledger.clear(out));
+    }
+
+    fn set_count_mode(&self, slot: PodSlot, mode: CountMode) {
+        self.with(slot, |ledger, _| ledger.set_count_mode(mode));
+    }
+
+    fn set_muted(&self, slot: PodSlot, muted: bool) {
+        self.change_view(|view| view.mute(slot, muted));
+    }
+
+    fn expire_orphans(&self, slot: PodSlot, before: Instant) -> usize {
+        self.with(slot, |ledger, _| ledger.orphans().expire(before)).unwrap_or_default()
+    }
+
+    fn speculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
+        for key in keys {
+            let mut marks = self.marks.entry(*key).or_default();
+            if !marks.contains(&(slot, mark)) {
+                marks.push((slot, mark));
+                self.marked.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn unspeculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
+        for key in keys {
+            self.unmark(*key, |marked, of| marked == slot && of == mark);
+        }
+    }
+
+    fn lookup(&self, keys: &[RequestKey], tiers: bool, out: &mut Vec<Match>) {
+        out.clear();
+        let view = self.view.load();
+        let any_marks = self.marked.load(Ordering::Relaxed) > 0;
+        let mut walk = lookup::Walk::new(&view, &self.config, keys.len(), tiers);
+        for (block, key) in keys.iter().enumerate() {
+            let marks = if any_marks { self.marks.get(key) } else { None };
+            let marks = marks.as_deref().map_or(&[][..], |marks| marks);
+            let holders = self.blocks.get(key);
+            let sets = holders.as_ref().map_or(&[][..], |holders| &holders.sets);
+            if !walk.step(block, sets, marks) {
+                break;
+            }
+        }
+        walk.finish(out);
+    }
+
+    fn holders(&self, key: RequestKey) -> Vec<PodSlot> {
+        let Some(holders) = self.blocks.get(&key) else { return Vec::new() };
+        let mut slots: Vec<PodSlot> =
+            holders.sets.iter().flat_map(|held| held.slots.iter()).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        slots
+    }
+
+    fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
+        lock(&self.row(slot)?.ledger).removed_at(key)
+    }
+
+    fn pod_usage(&self, slot: PodSlot) -> PodUsage {
+        self.row(slot).map(|row| lock(&row.ledger).usage()).unwrap_or_default()
+    }
+
+    fn usage(&self) -> IndexUsage {
+        IndexUsage {
+            keys: self.blocks.len() as u64,
+            bytes: self.total_bytes(),
+            cap_bytes: self.config.cap_bytes,
+        }
+    }
+}
+

@@ -1,1 +1,631 @@
-//! naive
+//! The oracle: "Semantics" of ARCHITECTURE.md, word for word, with no thought of speed.
+//!
+//! Every engine block remembers the whole token path that leads to it, and every question is
+//! answered token by token. Nothing here is shared with the production indexes except the hash.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use crate::{
+    index::{
+        BlockIndex, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome,
+    },
+    model::{CountMode, EngineKey, ExtraKey, GroupKind, PodSlot, RequestKey, TierId},
+};
+
+type Group = Option<u32>;
+
+/// The naive index.
+#[derive(Debug, Default)]
+pub struct NaiveIndex {
+    config: IndexConfig,
+    pods: Mutex<BTreeMap<PodSlot, Pod>>,
+}
+
+#[derive(Debug)]
+struct Pod {
+    spec: PodSpec,
+    count_mode: CountMode,
+    muted: bool,
+    groups: BTreeMap<Group, GroupKind>,
+    entries: BTreeMap<(EngineKey, Group), Entry>,
+    orphans: Vec<Orphan>,
+    marks: BTreeMap<RequestKey, BTreeSet<u64>>,
+    removed: BTreeMap<RequestKey, u64>,
+    /// Every path that was ever laid, by the key of each of its request blocks.
+    paths: BTreeMap<RequestKey, Arc<Path>>,
+}
+
+type Identity = (RequestKey, Vec<u32>, Vec<Vec<u8>>, Option<Vec<u8>>);
+
+/// One engine key in one attention group.
+#[derive(Debug, Default)]
+struct Entry {
+    counts: BTreeMap<TierId, u32>,
+    place: Option<Place>,
+}
+
+/// Where an engine block lies: tokens `start..path.tokens.len()` of its path.
+#[derive(Clone, Debug)]
+struct Place {
+    start: usize,
+    path: Arc<Path>,
+}
+
+/// A prefix, up to and including one engine block.
+#[derive(Clone, Debug, Default)]
+struct Path {
+    lora: String,
+    tokens: Vec<u32>,
+    extras: Vec<Extra>,
+    salt: Option<Vec<u8>>,
+}
+
+/// A multimodal item or digest: it taints the blocks that overlap `start..end`.
+#[derive(Clone, Debug)]
+struct Extra {
+    start: usize,
+    end: usize,
+    bytes: Vec<u8>,
+}
+
+#[derive(Clone, Debug)]
+struct Orphan {
+    parent: EngineKey,
+    group: Group,
+    keys: Vec<EngineKey>,
+    tokens: Vec<u32>,
+    block_size: usize,
+    extras: Vec<Vec<OwnedExtra>>,
+    at: Instant,
+}
+
+#[derive(Clone, Debug)]
+enum OwnedExtra {
+    Text(String),
+    Item(String, i64),
+    Bytes(Vec<u8>),
+}
+
+impl Path {
+    /// The path one engine block further.
+    fn extend(&self, tokens: &[u32], extras: &[OwnedExtra]) -> Self {
+        let mut path = self.clone();
+        let start = path.tokens.len();
+        path.tokens.extend_from_slice(tokens);
+        let end = path.tokens.len();
+        // vLLM repeats the adapter's name as the first extra of every block.
+        let extras = match extras {
+            [OwnedExtra::Text(first), rest @ ..] if *first == path.lora => rest,
+            all => all,
+        };
+        // The salt is the last bare string of block 0.
+        let salt = (start == 0)
+            .then(|| extras.iter().rposition(|extra| matches!(extra, OwnedExtra::Text(_))))
+            .flatten();
+        for (at, extra) in extras.iter().enumerate() {
+            let (bytes, from) = match extra {
+                OwnedExtra::Text(text) if Some(at) == salt => {
+                    path.salt = Some(text.clone().into_bytes());
+                    continue;
+                }
+                OwnedExtra::Text(text) => (text.clone().into_bytes(), 0),
+                OwnedExtra::Item(id, offset) => (id.clone().into_bytes(), (*offset).max(0) as usize),
+                OwnedExtra::Bytes(bytes) => (bytes.clone(), 0),
+            };
+            if start + from < end {
+                path.extras.push(Extra { start: start + from, end, bytes });
+            }
+        }
+        path
+    }
+
+    fn keys(&self, spec: &PodSpec) -> Vec<RequestKey> {
+        let size = spec.scheme.block_size() as usize;
+        let mut key = spec.scheme.root(&spec.model, &self.lora);
+        let mut keys = Vec::new();
+        for (block, tokens) in self.tokens.chunks_exact(size).enumerate() {
+            let (from, to) = (block * size, (block + 1) * size);
+            let mut extras: Vec<&[u8]> = Vec::new();
+            for extra in &self.extras {
+                if extra.start < to && extra.end > from && !extras.contains(&&*extra.bytes) {
+                    extras.push(&extra.bytes);
+                }
+            }
+            if let (0, Some(salt)) = (block, &self.salt) {
+                extras.push(salt);
+            }
+            key = spec.scheme.next(key, tokens, &extras, &mut Vec::new());
+            keys.push(key);
+        }
+        keys
+    }
+
+    /// What makes the first `end` tokens of two paths the same prefix: the key of the last full
+    /// request block, and the tokens and extras after it.
+    fn identity(&self, end: usize, spec: &PodSpec) -> Identity {
+        let size = spec.scheme.block_size() as usize;
+        let from = end / size * size;
+        let root = || spec.scheme.root(&spec.model, &self.lora);
+        let key = (end / size).checked_sub(1).map_or_else(root, |last| self.keys(spec)[last]);
+        let mut extras: Vec<Vec<u8>> = Vec::new();
+        for extra in &self.extras {
+            if extra.start < end && extra.end > from && !extras.contains(&extra.bytes) {
+                extras.push(extra.bytes.clone());
+            }
+        }
+        let salt = self.salt.clone().filter(|_| from == 0 && end > 0);
+        (key, self.tokens[from..end].to_vec(), extras, salt)
+    }
+}
+
+impl Place {
+    fn end(&self) -> usize {
+        self.path.tokens.len()
+    }
+
+    fn same(&self, other: &Self, spec: &PodSpec) -> bool {
+        self.start == other.start
+            && self.end() == other.end()
+            && self.path.identity(self.end(), spec) == other.path.identity(other.end(), spec)
+    }
+}
+
+impl Entry {
+    fn held(&self) -> bool {
+        self.counts.values().any(|&count| count > 0)
+    }
+
+    fn held_in(&self, tier: Option<TierId>) -> bool {
+        match tier {
+            Some(tier) => self.counts.get(&tier).is_some_and(|&count| count > 0),
+            None => self.held(),
+        }
+    }
+}
+
+impl Pod {
+    fn new(spec: PodSpec) -> Self {
+        Self {
+            count_mode: spec.count_mode,
+            spec,
+            muted: false,
+            groups: BTreeMap::new(),
+            entries: BTreeMap::new(),
+            orphans: Vec::new(),
+            marks: BTreeMap::new(),
+            removed: BTreeMap::new(),
+            paths: BTreeMap::new(),
+        }
+    }
+
+    fn is_full(&self, group: Group) -> bool {
+        self.groups.get(&group) == Some(&GroupKind::Full)
+    }
+
+    /// The place of a key that is held: in the group itself, else in a full-attention group.
+    fn placed(&self, key: EngineKey, group: Group) -> Option<Place> {
+        let own = std::iter::once(group);
+        let full = self.groups.keys().copied().filter(|&other| self.is_full(other));
+        own.chain(full).find_map(|group| self.entries.get(&(key, group))?.place.clone())
+    }
+
+    fn store(&mut self, store: &Store<'_>, orphan_blocks: usize) -> StoreOutcome {
+        let mut outcome = StoreOutcome::default();
+        let kind = store.kind.or_else(|| self.groups.get(&store.group).copied());
+        let kind = kind.unwrap_or(GroupKind::Full);
+        self.groups.insert(store.group, kind);
+        if kind == GroupKind::Unsupported {
+            return outcome;
+        }
+        for key in store.keys {
+            let entry = self.entries.entry((*key, store.group)).or_default();
+            let count = entry.counts.entry(store.tier).or_default();
+            *count = if self.count_mode == CountMode::Set { 1 } else { *count + 1 };
+        }
+        let block_size = store.block_size as usize;
+        let dense = block_size > 0 && store.tokens.len() == store.keys.len() * block_size;
+        let mut touched = Vec::new();
+        if dense {
+            let extras: Vec<Vec<OwnedExtra>> =
+                (0..store.keys.len()).map(|at| own(store.extras.of(at))).collect();
+            let base = match store.parent {
+                None => Some(Path {
+                    lora: store.lora.unwrap_or_default().to_owned(),
+                    salt: store.salt.map(|salt| salt.as_bytes().to_vec()),
+                    ..Path::default()
+                }),
+                Some(parent) => self.placed(parent, store.group).map(|place| (*place.path).clone()),
+            };
+            if let Some(mut path) = base {
+                for (at, key) in store.keys.iter().enumerate() {
+                    let tokens = &store.tokens[at * block_size..(at + 1) * block_size];
+                    let start = path.tokens.len();
+                    path = path.extend(tokens, &extras[at]);
+                    let place = Place { start, path: Arc::new(path.clone()) };
+                    let old = self.lay(*key, store.group, place.clone());
+                    if old.is_some_and(|old| !old.same(&place, &self.spec)) {
+                        outcome.conflicting += 1;
+                    }
+                    touched.push(*key);
+                }
+            } else if let Some(parent) = store.parent {
+                let waiting: usize = self.orphans.iter().map(|orphan| orphan.keys.len()).sum();
+                if waiting + store.keys.len() > orphan_blocks {
+                    outcome.orphans_dropped += store.keys.len() as u32;
+                } else {
+                    outcome.orphaned += store.keys.len() as u32;
+                    self.orphans.push(Orphan {
+                        parent,
+                        group: store.group,
+                        keys: store.keys.to_vec(),
+                        tokens: store.tokens.to_vec(),
+                        block_size,
+                        extras,
+                        at: store.at,
+                    });
+                }
+            }
+        }
+        // A key whose tokens are not told, or not from where they go on, is where the same key is.
+        for key in store.keys {
+            let place = self.placed(*key, store.group);
+            if let Some(entry) = self.entries.get_mut(&(*key, store.group))
+                && place.is_some()
+            {
+                entry.place = place;
+                touched.push(*key);
+            }
+        }
+        for key in store.keys {
+            let placed = self.entries.get(&(*key, store.group)).is_some_and(|e| e.place.is_some());
+            *(if placed { &mut outcome.placed } else { &mut outcome.unplaced }) += 1;
+        }
+        while let Some((at, place)) = self.orphans.iter().enumerate().find_map(|(at, orphan)| {
+            Some((at, self.placed(orphan.parent, orphan.group)?))
+        }) {
+            let orphan = self.orphans.remove(at);
+            let mut path = (*place.path).clone();
+            for (at, key) in orphan.keys.iter().enumerate() {
+                let start = path.tokens.len();
+                let tokens = &orphan.tokens[at * orphan.block_size..(at + 1) * orphan.block_size];
+                path = path.extend(tokens, &orphan.extras[at]);
+                let entry = self.entries.get(&(*key, orphan.group));
+                if entry.is_some_and(|entry| entry.place.is_none()) {
+                    self.lay(*key, orphan.group, Place { start, path: Arc::new(path.clone()) });
+                    outcome.attached += 1;
+                    touched.push(*key);
+                }
+            }
+        }
+        self.confirm(&touched);
+        outcome
+    }
+
+    /// Gives a key its place, and the same place to what waits for it in other groups.
+    fn lay(&mut self, key: EngineKey, group: Group, place: Place) -> Option<Place> {
+        for known in place.path.keys(&self.spec) {
+            self.paths.entry(known).or_insert_with(|| Arc::clone(&place.path));
+        }
+        if self.is_full(group) {
+            let groups: Vec<Group> = self.groups.keys().copied().collect();
+            for other in groups {
+                if let Some(entry) = self.entries.get_mut(&(key, other))
+                    && entry.place.is_none()
+                    && other != group
+                {
+                    entry.place = Some(place.clone());
+                }
+            }
+        }
+        self.entries.get_mut(&(key, group)).and_then(|entry| entry.place.replace(place))
+    }
+
+    /// Ends the speculative marks on the request blocks that these engine blocks end or contain.
+    fn confirm(&mut self, keys: &[EngineKey]) {
+        let size = self.spec.scheme.block_size() as usize;
+        let mut confirmed = Vec::new();
+        for ((key, _), entry) in &self.entries {
+            let Some(place) = entry.place.as_ref().filter(|_| keys.contains(key)) else { continue };
+            confirmed.extend(place.path.keys(&self.spec).into_iter().skip(place.start / size));
+        }
+        for key in confirmed {
+            let block = self.paths.get(&key).map(|path| self.block_of(key, path));
+            if block.is_some_and(|block| {
+                self.groups.keys().any(|&group| self.holds(key, block, group, None))
+            }) {
+                self.marks.remove(&key);
+            }
+        }
+    }
+
+    fn block_of(&self, key: RequestKey, path: &Path) -> usize {
+        path.keys(&self.spec).iter().position(|&k| k == key).unwrap_or_default()
+    }
+
+    /// Is every token of request block `block` covered by engine blocks held in `group`?
+    fn holds(&self, key: RequestKey, block: usize, group: Group, tier: Option<TierId>) -> bool {
+        self.covered(key, block, group, tier) == self.spec.scheme.block_size() as usize
+    }
+
+    /// How many tokens of the block are covered.
+    fn covered(&self, key: RequestKey, block: usize, group: Group, tier: Option<TierId>) -> usize {
+        let size = self.spec.scheme.block_size() as usize;
+        let (from, to) = (block * size, (block + 1) * size);
+        let Some(path) = self.paths.get(&key) else { return 0 };
+        let covering: Vec<&Place> = self
+            .entries
+            .iter()
+            .filter(|((_, g), entry)| *g == group && entry.held_in(tier))
+            .filter_map(|(_, entry)| entry.place.as_ref())
+            .filter(|place| {
+                let end = place.end().min(to);
+                place.start < to
+                    && end > from
+                    && place.path.identity(end, &self.spec) == path.identity(end, &self.spec)
+            })
+            .collect();
+        (from..to)
+            .filter(|&token| {
+                covering.iter().any(|place| place.start <= token && token < place.end())
+            })
+            .count()
+    }
+
+    /// Does the pod hold the block as far as full attention is concerned? Copies without a group
+    /// stand for every full-attention group.
+    fn full(&self, key: RequestKey, block: usize, tier: Option<TierId>) -> bool {
+        let mut grouped = self.groups.iter().filter(|(g, k)| g.is_some() && **k == GroupKind::Full);
+        (self.is_full(None) && self.holds(key, block, None, tier))
+            || (grouped.clone().next().is_some()
+                && grouped.all(|(&group, _)| self.holds(key, block, group, tier)))
+    }
+
+    fn weight(&self, key: RequestKey, block: usize, config: &IndexConfig) -> f64 {
+        let weights = config.tiers.weights();
+        let tiers = (0..weights.len()).map(|tier| TierId(tier as u8));
+        let weight = |tier: TierId| weights[usize::from(tier.0)];
+        // The largest weight among the tiers that hold the block; if it is spread over tiers, the
+        // smallest among those that it takes.
+        let best = |group: Group| {
+            let whole = tiers.clone().filter(|&tier| self.holds(key, block, group, Some(tier)));
+            whole.map(weight).reduce(f64::max).unwrap_or_else(|| {
+                let part = |&tier: &TierId| self.covered(key, block, group, Some(tier)) > 0;
+                tiers.clone().filter(part).map(weight).reduce(f64::min).unwrap_or(0.0)
+            })
+        };
+        let full = |group: &Group| self.is_full(*group);
+        let grouped: Vec<Group> =
+            self.groups.keys().copied().filter(|g| g.is_some() && full(g)).collect();
+        let all = !grouped.is_empty() && grouped.iter().all(|&g| self.holds(key, block, g, None));
+        let grouped = if all { grouped.into_iter().map(best).fold(f64::MAX, f64::min) } else { 0.0 };
+        let ungrouped =
+            if full(&None) && self.holds(key, block, None, None) { best(None) } else { 0.0 };
+        grouped.max(ungrouped)
+    }
+
+    /// The largest L whose blocks satisfy every group, with `marked` blocks held everywhere.
+    fn depth(&self, keys: &[RequestKey], tier: Option<TierId>, marked: bool) -> usize {
+        let marked =
+            |key: &RequestKey| marked && self.marks.get(key).is_some_and(|marks| !marks.is_empty());
+        let any_full = self.groups.values().any(|&kind| kind == GroupKind::Full);
+        let size = self.spec.scheme.block_size() as usize;
+        let satisfied = |length: usize| {
+            let full = keys[..length]
+                .iter()
+                .enumerate()
+                .all(|(block, key)| marked(key) || self.full(*key, block, tier));
+            let windows = self.groups.iter().all(|(&group, &kind)| {
+                let GroupKind::Sliding { window } = kind else { return true };
+                let blocks = (window as usize).saturating_sub(1).div_ceil(size);
+                let blocks = blocks.max(usize::from(!any_full)).min(length);
+                (length - blocks..length)
+                    .all(|block| marked(&keys[block]) || self.holds(keys[block], block, group, tier))
+            });
+            // A pod without full attention groups is asked for its windows only; one that has told
+            // us of no group at all holds only what is marked.
+            (full || (!any_full && !self.groups.is_empty())) && windows
+        };
+        let longest = (1..=keys.len()).rev();
+        let usable = self.groups.values().any(|&kind| kind != GroupKind::Unsupported);
+        if !usable {
+            return keys.iter().take_while(|key| marked(key)).count();
+        }
+        longest.into_iter().find(|&length| satisfied(length)).unwrap_or(0)
+    }
+
+    fn matched(&self, keys: &[RequestKey], config: &IndexConfig) -> Option<Match> {
+        if self.muted {
+            return None;
+        }
+        let marked = |key: &RequestKey| self.marks.get(key).is_some_and(|marks| !marks.is_empty());
+        let depth = self.depth(keys, None, true);
+        let any_full = self.groups.values().any(|&kind| kind == GroupKind::Full);
+        let mut score = 0.0;
+        for (block, key) in keys[..depth].iter().enumerate() {
+            let real = if any_full { self.weight(*key, block, config) } else { 0.0 };
+            let spec = if marked(key) { config.speculative_weight } else { 0.0 };
+            // Blocks that no full-attention group asks for weigh as if on the GPU.
+            let windows_only = !any_full && !marked(key);
+            score += real.max(spec).max(if windows_only {
+                config.tiers.weights()[0]
+            } else {
+                0.0
+            });
+        }
+        let tiers = (0..crate::model::TierTable::MAX)
+            .map(|tier| TierId(tier as u8))
+            .map(|tier| (tier, self.depth(keys, Some(tier), false) as u32))
+            .filter(|&(tier, depth)| {
+                depth > 0 && self.entries.values().any(|entry| entry.held_in(Some(tier)))
+            })
+            .collect();
+        (depth > 0).then(|| Match {
+            slot: PodSlot(0),
+            depth: depth as u32,
+            confirmed: self.depth(keys, None, false) as u32,
+            score,
+            tiers,
+            speculative: keys.iter().take_while(|key| marked(key)).count() as u32,
+        })
+    }
+}
+
+fn own(extras: &[ExtraKey<'_>]) -> Vec<OwnedExtra> {
+    let own = |extra: &ExtraKey<'_>| match *extra {
+        ExtraKey::Text(text) => OwnedExtra::Text(text.to_owned()),
+        ExtraKey::Item { id, offset } => OwnedExtra::Item(id.to_owned(), offset),
+        ExtraKey::Bytes(bytes) => OwnedExtra::Bytes(bytes.to_vec()),
+    };
+    extras.iter().map(own).collect()
+}
+
+impl NaiveIndex {
+    /// An empty index.
+    #[must_use]
+    pub fn new(config: IndexConfig) -> Self {
+        Self { config, pods: Mutex::default() }
+    }
+
+    fn pods(&self) -> MutexGuard<'_, BTreeMap<PodSlot, Pod>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BlockIndex for NaiveIndex {
+    fn register(&self, spec: PodSpec) -> Option<PodSlot> {
+        let mut pods = self.pods();
+        let slot = (0..self.config.max_pods as u32).map(PodSlot).find(|s| !pods.contains_key(s))?;
+        pods.insert(slot, Pod::new(spec));
+        Some(slot)
+    }
+
+    fn unregister(&self, slot: PodSlot) {
+        self.pods().remove(&slot);
+    }
+
+    fn store(&self, slot: PodSlot, store: &Store<'_>) -> StoreOutcome {
+        let mut pods = self.pods();
+        pods.get_mut(&slot).map_or_else(StoreOutcome::default, |pod| {
+            pod.store(store, self.config.orphan_blocks)
+        })
+    }
+
+    fn remove(&self, slot: PodSlot, remove: &Remove<'_>) {
+        let mut pods = self.pods();
+        let Some(pod) = pods.get_mut(&slot) else { return };
+        let set = pod.count_mode == CountMode::Set;
+        for key in remove.keys {
+            let Some(entry) = pod.entries.get_mut(&(*key, remove.group)) else { continue };
+            if let Some(count) = entry.counts.get_mut(&remove.tier) {
+                *count = if set { 0 } else { count.saturating_sub(1) };
+            }
+            if entry.held() {
+                continue;
+            }
+            if let Some(place) = entry.place.take() {
+                let size = pod.spec.scheme.block_size() as usize;
+                for key in place.path.keys(&pod.spec).into_iter().skip(place.start.div_ceil(size)) {
+                    pod.removed.insert(key, remove.sequence);
+                }
+            }
+            pod.entries.remove(&(*key, remove.group));
+        }
+    }
+
+    fn clear(&self, slot: PodSlot) {
+        if let Some(pod) = self.pods().get_mut(&slot) {
+            pod.entries.clear();
+            pod.orphans.clear();
+        }
+    }
+
+    fn set_count_mode(&self, slot: PodSlot, mode: CountMode) {
+        if let Some(pod) = self.pods().get_mut(&slot) {
+            pod.count_mode = mode;
+        }
+    }
+
+    fn set_muted(&self, slot: PodSlot, muted: bool) {
+        if let Some(pod) = self.pods().get_mut(&slot) {
+            pod.muted = muted;
+        }
+    }
+
+    fn expire_orphans(&self, slot: PodSlot, before: Instant) -> usize {
+        let mut pods = self.pods();
+        let Some(pod) = pods.get_mut(&slot) else { return 0 };
+        let (expired, kept) = pod.orphans.drain(..).partition(|orphan| orphan.at < before);
+        pod.orphans = kept;
+        expired.iter().map(|orphan: &Orphan| orphan.keys.len()).sum()
+    }
+
+    fn speculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
+        if let Some(pod) = self.pods().get_mut(&slot) {
+            for key in keys {
+                pod.marks.entry(*key).or_default().insert(mark);
+            }
+        }
+    }
+
+    fn unspeculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
+        if let Some(pod) = self.pods().get_mut(&slot) {
+            for key in keys {
+                pod.marks.entry(*key).or_default().remove(&mark);
+            }
+        }
+    }
+
+    fn lookup(&self, keys: &[RequestKey], tiers: bool, out: &mut Vec<Match>) {
+        out.clear();
+        for (slot, pod) in self.pods().iter() {
+            if let Some(mut found) = pod.matched(keys, &self.config) {
+                found.slot = *slot;
+                if !tiers {
+                    found.tiers.clear();
+                }
+                out.push(found);
+            }
+        }
+    }
+
+    fn holders(&self, key: RequestKey) -> Vec<PodSlot> {
+        let holds = |pod: &Pod| {
+            pod.paths.get(&key).is_some_and(|path| {
+                let block = pod.block_of(key, path);
+                pod.groups.keys().any(|&group| pod.holds(key, block, group, None))
+            })
+        };
+        let pods = self.pods();
+        pods.iter().filter(|(_, pod)| holds(pod)).map(|(slot, _)| *slot).collect()
+    }
+
+    fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
+        self.pods().get(&slot)?.removed.get(&key).copied()
+    }
+
+    fn pod_usage(&self, slot: PodSlot) -> PodUsage {
+        let pods = self.pods();
+        let Some(pod) = pods.get(&slot) else { return PodUsage::default() };
+        let mut usage = PodUsage {
+            blocks: pod.entries.len() as u64,
+            blocks_by_tier: vec![0; crate::model::TierTable::MAX],
+            orphans: pod.orphans.iter().map(|orphan| orphan.keys.len() as u64).sum(),
+            hybrid_unsupported: pod.groups.values().any(|&kind| kind == GroupKind::Unsupported),
+            ..PodUsage::default()
+        };
+        for entry in pod.entries.values() {
+            for (tier, _) in entry.counts.iter().filter(|(_, count)| **count > 0) {
+                usage.blocks_by_tier[usize::from(tier.0)] += 1;
+            }
+        }
+        usage
+    }
+
+    fn usage(&self) -> IndexUsage {
+        IndexUsage { cap_bytes: self.config.cap_bytes, ..IndexUsage::default() }
+    }
+}

@@ -94,6 +94,10 @@ pub struct RowStatus {
     pub seen: Option<u64>,
     /// From the newest applied batch's timestamp to its visibility, microseconds.
     pub lag_us: i64,
+    /// Live messages received.
+    pub messages: u64,
+    /// Times that the connection was made again.
+    pub reconnections: u64,
     /// Gaps noticed.
     pub gaps: u64,
     /// Replays asked for.
@@ -102,6 +106,8 @@ pub struct RowStatus {
     pub orphans: u64,
     /// Events that were skipped because they could not be used.
     pub rejected_events: u64,
+    /// Blocks that were refused because the index is at its cap.
+    pub refused_blocks: u64,
     /// Wall clock of the last applied batch, nanoseconds since the Unix epoch; 0 = never.
     pub last_applied_unix_ns: u64,
 }
@@ -110,7 +116,7 @@ impl RowStatus {
     /// May the score be lower than the engine's cache?
     #[must_use]
     pub fn may_undercount(&self) -> bool {
-        self.stale || self.state != PodState::Live
+        self.stale || self.state != PodState::Live || self.refused_blocks > 0
     }
 
     /// May the score be higher than the engine's cache?

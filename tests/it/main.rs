@@ -2,7 +2,14 @@
 
 #![expect(
     clippy::unwrap_used,
-    reason = "helpers of tests; allow-unwrap-in-tests sees only #[test] bodies"
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of tests; allow-…-in-tests sees only #[test] bodies"
 )]
 
+mod config;
+mod differential;
+mod replay_tool;
 mod service;
+mod streams;
+mod support;

@@ -149,7 +149,7 @@ async fn the_deadline_of_a_request_counts_from_its_arrival() {
     assert_eq!(answers.first().unwrap().error, None);
     let late = answers.iter().filter_map(|answer| answer.error.as_ref());
     let late: Vec<i32> = late.map(|error| error.code).collect();
-    assert!(!late.is_empty() && late.iter().all(|&code| code == Code::DeadlineExceeded.into()));
+    assert!(!late.is_empty() && late.iter().all(|&code| code == i32::from(Code::DeadlineExceeded)));
 }
 
 #[tokio::test]

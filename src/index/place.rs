@@ -1,0 +1,173 @@
+//! Laying engine blocks over request blocks: from a parent's end to a child's place.
+//!
+//! Request blocks start at multiples of their size from the start of the prompt; engine blocks
+//! start wherever their parent ended. An engine block therefore *contains* some request blocks
+//! whole, may *complete* one that its ancestors began, and may *begin* one that its children will
+//! complete. In the common case (equal sizes, aligned) it is exactly one whole block.
+
+use std::mem;
+
+use smallvec::SmallVec;
+use xxhash_rust::xxh3;
+
+use crate::{
+    hash::Scheme,
+    model::{ExtraKey, RequestKey},
+};
+
+/// Names a prefix that may end inside a request block: equal for equal tokens and extras.
+pub(crate) type PrefixId = u64;
+
+/// The unfinished request block at the end of a prefix; empty at a block boundary.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tail {
+    pub(crate) tokens: Vec<u32>,
+    /// Hash inputs that touch the block so far, each once.
+    extras: SmallVec<[Box<[u8]>; 1]>,
+    /// Prefixes that end inside the block, with the offset in it at which they do.
+    pub(crate) ends: SmallVec<[(PrefixId, u32); 2]>,
+}
+
+/// The end of a prefix, from which its children go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cursor {
+    /// Tokens before this point.
+    pub(crate) position: u32,
+    /// Key of the last full request block, or the root.
+    pub(crate) key: RequestKey,
+    pub(crate) tail: Tail,
+    /// Waits for block 0 to be complete.
+    pub(crate) salt: Option<Box<[u8]>>,
+}
+
+/// What one engine block covers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Laid {
+    /// Request blocks that lie inside it, in order.
+    pub(crate) whole: SmallVec<[RequestKey; 1]>,
+    /// A request block that its ancestors began and it completes: key, first token, and the
+    /// prefixes that end inside it, its own end last.
+    pub(crate) joint: Option<(RequestKey, u32, SmallVec<[(PrefixId, u32); 2]>)>,
+    /// The prefix that it leaves inside an unfinished request block.
+    pub(crate) tail: Option<PrefixId>,
+}
+
+impl Cursor {
+    /// The start of a prompt.
+    pub(crate) fn root(key: RequestKey, salt: Option<&str>) -> Self {
+        let salt = salt.map(|salt| salt.as_bytes().into());
+        Self { position: 0, key, tail: Tail::default(), salt }
+    }
+
+    /// Goes on over one engine block. `lora` is skipped where the engine repeats it in `extras`.
+    pub(crate) fn advance(
+        &mut self,
+        scheme: &Scheme,
+        tokens: &[u32],
+        extras: &[ExtraKey<'_>],
+        lora: Option<&str>,
+        scratch: &mut Vec<u8>,
+    ) -> Laid {
+        let extras = match extras {
+            [ExtraKey::Text(first), rest @ ..] if Some(*first) == lora => rest,
+            all => all,
+        };
+        let size = scheme.block_size();
+        let aligned = self.tail.tokens.is_empty() && tokens.len() == size as usize;
+        if aligned && extras.is_empty() && self.salt.is_none() {
+            self.position += size;
+            self.key = scheme.next(self.key, tokens, &[], scratch);
+            return Laid { whole: SmallVec::from_elem(self.key, 1), ..Laid::default() };
+        }
+        self.advance_slowly(scheme, tokens, extras.to_vec(), scratch)
+    }
+
+    fn advance_slowly(
+        &mut self,
+        scheme: &Scheme,
+        mut tokens: &[u32],
+        mut extras: Vec<ExtraKey<'_>>,
+        scratch: &mut Vec<u8>,
+    ) -> Laid {
+        let size = scheme.block_size();
+        let start = self.position;
+        if start == 0
+            && let Some(at) = extras.iter().rposition(|extra| matches!(extra, ExtraKey::Text(_)))
+            && let ExtraKey::Text(salt) = extras.remove(at)
+        {
+            // Block 0 lists the salt after the multimodal items; both are bare strings in some
+            // versions, and then the last one is the salt.
+            self.salt = Some(salt.as_bytes().into());
+        }
+        let mut laid = Laid::default();
+        while !tokens.is_empty() {
+            let begin = self.position / size * size;
+            let take = tokens.len().min((begin + size - self.position) as usize);
+            let (now, later) = tokens.split_at(take);
+            tokens = later;
+            self.tail.tokens.extend_from_slice(now);
+            self.position += take as u32;
+            self.taint(&extras, start);
+            if self.position == begin + size {
+                self.finish_block(scheme, start, begin, &mut laid, scratch);
+            }
+        }
+        if !self.tail.tokens.is_empty() {
+            let id = self.prefix_id();
+            self.tail.ends.push((id, self.tail.tokens.len() as u32));
+            laid.tail = Some(id);
+        }
+        laid
+    }
+
+    /// Adds the extras that touch the unfinished block. The engine says where an item starts and
+    /// not where it ends, so it taints everything up to the end of its engine block.
+    fn taint(&mut self, extras: &[ExtraKey<'_>], start: u32) {
+        for extra in extras {
+            let (bytes, from) = match *extra {
+                ExtraKey::Text(text) => (text.as_bytes(), 0),
+                ExtraKey::Item { id, offset } => (id.as_bytes(), offset.max(0)),
+                ExtraKey::Bytes(bytes) => (bytes, 0),
+            };
+            let begins = i64::from(start).saturating_add(from);
+            if begins < i64::from(self.position)
+                && !self.tail.extras.iter().any(|known| **known == *bytes)
+            {
+                self.tail.extras.push(bytes.into());
+            }
+        }
+    }
+
+    fn finish_block(
+        &mut self,
+        scheme: &Scheme,
+        start: u32,
+        begin: u32,
+        laid: &mut Laid,
+        scratch: &mut Vec<u8>,
+    ) {
+        let tail = mem::take(&mut self.tail);
+        let salt = if begin == 0 { self.salt.take() } else { None };
+        let mut extras: SmallVec<[&[u8]; 4]> = tail.extras.iter().map(|e| &**e).collect();
+        extras.extend(salt.as_deref());
+        self.key = scheme.next(self.key, &tail.tokens, &extras, scratch);
+        if begin >= start {
+            laid.whole.push(self.key);
+        } else {
+            let mut ends = tail.ends;
+            ends.push((self.key.0, scheme.block_size()));
+            laid.joint = Some((self.key, begin, ends));
+        }
+    }
+
+    fn prefix_id(&self) -> PrefixId {
+        let mut input: Vec<u8> = bytemuck::cast_slice(&self.tail.tokens).to_vec();
+        for extra in self.tail.extras.iter().map(|extra| &**extra).chain(self.salt.as_deref()) {
+            input.extend_from_slice(&(extra.len() as u32).to_le_bytes());
+            input.extend_from_slice(extra);
+        }
+        // Keeps a salt apart from an equal extra, and a tail apart from a full block.
+        input.push(u8::from(self.salt.is_some()));
+        xxh3::xxh3_64_with_seed(&input, self.key.0)
+    }
+}

@@ -1,0 +1,130 @@
+//! The effective configuration as a document, for `/config` and the log.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::IndexerConfig;
+use crate::{hash::Scheme, ingest::fleet::PodDeclaration, model::CountMode};
+
+impl IndexerConfig {
+    /// The document that gives this configuration, every default spelt out. Warnings are not in it.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let models = &self.api.models;
+        let mut listed: Vec<_> = models.listed.iter().collect();
+        listed.sort_unstable_by_key(|(name, _)| *name);
+        let listed: Vec<Value> = listed
+            .into_iter()
+            .map(|(name, scheme)| {
+                let mut value = scheme_json(scheme);
+                value["name"] = json!(name);
+                value
+            })
+            .collect();
+        let weights = self.tiers.weights.iter();
+        let weights: Vec<Value> =
+            weights.map(|(name, weight)| json!({"name": name, "weight": weight})).collect();
+        json!({
+            "grpcListen": self.grpc_listen.to_string(),
+            "adminListen": self.admin_listen.to_string(),
+            "log": {"format": self.log_format.as_str(), "level": self.log_level},
+            "tokenProcessorConfig": scheme_json(&models.default),
+            "models": listed,
+            "modelAliases": models.aliases,
+            "kvBlockIndexConfig": {"capBytes": self.index_cap_bytes},
+            "kvCacheBackendConfigs": weights,
+            "unlistedTierWeight": self.tiers.unlisted,
+            "speculativeWeight": self.tiers.speculative,
+            "kvEventsConfig": self.events_json(),
+            "pods": self.ingest.pods.iter().map(pod_json).collect::<Vec<_>>(),
+            "podsFile": self.pods_file,
+            "podsFilePollMs": millis(self.pods_file_poll),
+            "api": self.api_json(),
+            "readyTimeoutMs": millis(self.ready_timeout),
+            "readinessGraceMs": millis(self.readiness_grace),
+            "drainMs": millis(self.drain),
+            "llmdMetrics": self.llmd_metrics,
+        })
+    }
+
+    fn events_json(&self) -> Value {
+        let (events, limits, replay) = (&self.ingest, &self.ingest.limits, &self.ingest.replay);
+        json!({
+            "zmqEndpoint": events.bind,
+            "topicFilter": events.topic_filter,
+            "concurrency": events.lanes,
+            "allowUnconfiguredPods": events.allow_unconfigured_pods,
+            "maxPods": events.max_pods,
+            "receiveHighWaterMark": events.receive_high_water_mark,
+            "heartbeatMs": millis(events.heartbeat),
+            "reconnectMs": millis(events.reconnect),
+            "reconnectMaxMs": millis(events.reconnect_max),
+            "queueBatches": events.queue_batches,
+            "queueBytes": events.queue_bytes,
+            "orphanBlocks": events.orphan_blocks,
+            "orphanTimeoutMs": millis(events.orphan_timeout),
+            "limits": {
+                "payloadBytes": limits.payload_bytes,
+                "events": limits.events,
+                "blocks": limits.blocks,
+                "tokens": limits.tokens,
+                "depth": limits.depth,
+            },
+            "replay": {
+                "idleMs": millis(replay.idle),
+                "attempts": replay.attempts,
+                "cooldownMs": millis(replay.cooldown),
+                "heldMessages": replay.held_messages,
+                "heldBytes": replay.held_bytes,
+            },
+        })
+    }
+
+    fn api_json(&self) -> Value {
+        let api = &self.api;
+        json!({
+            "maxMessageBytes": api.max_message_bytes,
+            "maxTokens": api.max_tokens,
+            "maxPrompts": api.max_prompts,
+            "maxMultimodal": api.max_multimodal,
+            "maxPodIdBytes": api.max_pod_id_bytes,
+            "maxConcurrentCalls": api.max_concurrent_calls,
+            "maxSpeculations": api.max_speculations,
+            "maxSpeculationTtlMs": millis(api.max_speculation_ttl),
+        })
+    }
+}
+
+fn scheme_json(scheme: &Scheme) -> Value {
+    json!({
+        "blockSizeTokens": scheme.block_size(),
+        "hashAlgorithm": scheme.algorithm().as_str(),
+        "hashSeed": scheme.seed(),
+    })
+}
+
+fn pod_json(pod: &PodDeclaration) -> Value {
+    json!({
+        "id": pod.pod,
+        "endpoint": pod.endpoint,
+        "replayEndpoint": pod.replay_endpoint,
+        "model": pod.model,
+        "rank": pod.rank,
+        "topicFilter": pod.topic_filter,
+        "engine": pod.engine,
+        "engineVersion": pod.engine_version,
+        "trustUnchained": pod.trust_unchained,
+        "countMode": match pod.count_mode {
+            CountMode::Counted => "counted",
+            CountMode::Set => "set",
+        },
+        "blockSize": pod.block_size,
+        "firstSequence": pod.first_sequence,
+    })
+}
+
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

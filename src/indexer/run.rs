@@ -1,0 +1,175 @@
+//! Wiring: configuration → running service.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use anyhow::Context as _;
+use tokio::{net::TcpListener, sync::watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    index::{IndexConfig, dash::DashIndex},
+    indexer::{
+        IndexerConfig,
+        metrics::{
+            FleetCollector, ScoreMetrics,
+            llmd::{self, IngestTotals, PodTotals},
+        },
+        pods::Pods,
+        ready,
+        server,
+        service::{Parts, Service},
+        speculation::Speculations,
+    },
+    ingest::{Ingest, fleet::Fleet, metrics::IngestMetrics},
+    model::RowId,
+    support::{
+        admin::{self, Routes},
+        metrics,
+        task::{Stage, Supervisor},
+    },
+};
+
+/// Where a running indexer listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// The gRPC API.
+    pub grpc: SocketAddr,
+    /// `/metrics`, `/livez`, `/readyz`, `/config`.
+    pub admin: SocketAddr,
+}
+
+/// Runs the service until `requested` is cancelled, then drains in order. `bound` hears where it
+/// listens before the first request can be answered.
+///
+/// # Errors
+///
+/// When an address cannot be bound, a thread cannot be started, a part fails, or the drain takes
+/// longer than configured.
+pub async fn run(
+    config: IndexerConfig,
+    requested: CancellationToken,
+    bound: impl FnOnce(Addresses) + Send,
+) -> anyhow::Result<()> {
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let grpc = listen(config.grpc_listen, "grpcListen").await?;
+    let http = listen(config.admin_listen, "adminListen").await?;
+    let addresses = Addresses { grpc: grpc.local_addr()?, admin: http.local_addr()? };
+
+    let tiers = Arc::new(config.tiers.table());
+    let index = Arc::new(DashIndex::new(IndexConfig {
+        tiers: Arc::clone(&tiers),
+        speculative_weight: config.tiers.speculative,
+        cap_bytes: config.index_cap_bytes,
+        orphan_blocks: config.ingest.orphan_blocks,
+        max_pods: config.ingest.max_pods,
+    }));
+    let fleet = Arc::new(Fleet::new(index));
+    let speculations =
+        Arc::new(Speculations::new(Arc::clone(fleet.index()), config.api.max_speculations));
+
+    let registry = metrics::registry()?;
+    metrics::build_info(&registry, "kv_build_info", env!("CARGO_PKG_VERSION"), &[])?;
+    let score_metrics = ScoreMetrics::register(&registry, config.llmd_metrics)?;
+    let ingest_metrics = IngestMetrics::register(&registry)?;
+    let collector =
+        FleetCollector::new(Arc::clone(&fleet), Arc::clone(&tiers), Some(Arc::clone(&speculations)))?;
+    registry.register(Box::new(collector))?;
+
+    let known: Vec<RowId> = config
+        .ingest
+        .pods
+        .iter()
+        .filter(|pod| !pod.endpoint.is_empty())
+        .map(|pod| RowId { pod: Arc::from(pod.pod.as_str()), rank: pod.rank })
+        .collect();
+    let ingest = Arc::new(Ingest::start(
+        config.ingest.clone(),
+        config.api.models.clone(),
+        Arc::clone(&tiers),
+        Arc::clone(&fleet),
+        ingest_metrics.clone(),
+    )?);
+    if config.llmd_metrics {
+        let (fleet, ingest) = (Arc::clone(&fleet), Arc::clone(&ingest));
+        llmd::register(&registry, move || totals(&fleet, &ingest, &ingest_metrics))?;
+    }
+    let pods = Arc::new(Pods::new(Arc::clone(&ingest), config.ingest.max_pods));
+    for pod in config.ingest.pods.iter().filter(|pod| !pod.endpoint.is_empty()) {
+        pods.add(pod.clone()).with_context(|| format!("pod {:?} of the configuration", pod.pod))?;
+    }
+
+    let mut supervisor = Supervisor::new(requested.clone());
+    let (ready_sender, ready) = watch::channel(false);
+    let service = Service::new(Parts {
+        fleet: Arc::clone(&fleet),
+        tiers,
+        config: Arc::new(config.api.clone()),
+        registry: Arc::<Pods>::clone(&pods),
+        speculations: Arc::clone(&speculations),
+        metrics: score_metrics,
+        tokenizer: None,
+        stop: supervisor.stop(Stage::Serve),
+    });
+    let drain = config.drain;
+    let serving = ready.clone();
+    supervisor.spawn(Stage::Serve, "grpc", move |stop| {
+        server::serve(grpc, service, serving, stop, drain)
+    });
+    // Not ready any more as soon as a shutdown is asked for, some time before it begins.
+    let timeout = config.ready_timeout;
+    supervisor.spawn(Stage::Serve, "readiness", move |_| {
+        ready::run(fleet, known, timeout, ready_sender, requested)
+    });
+    supervisor.spawn(Stage::Serve, "speculation", move |stop| async move {
+        speculations.run(stop).await
+    });
+    let discovery = Arc::clone(&pods);
+    supervisor
+        .spawn(Stage::Receive, "discovery", |stop| async move { discovery.run_discovery(stop).await });
+    if let Some(path) = config.pods_file.clone() {
+        let every = config.pods_file_poll;
+        supervisor.spawn(Stage::Receive, "pods file", move |stop| async move {
+            pods.run_file(path, every, stop).await
+        });
+    }
+    supervisor.spawn_thread(Stage::Apply, "ingest", move |stop| {
+        // The threads below run by themselves; this one ends them, in order.
+        tokio::runtime::Builder::new_current_thread().build()?.block_on(stop.cancelled());
+        anyhow::ensure!(ingest.stop(drain), "queued batches were not applied within {drain:?}");
+        Ok(())
+    })?;
+    let state = ready;
+    let routes = Routes::new()
+        .metrics(registry)
+        .readiness(move || if *state.borrow() { Ok(()) } else { Err("not ready") })
+        .config(&config.to_json());
+    supervisor.spawn(Stage::Observe, "admin", move |stop| async move {
+        Ok(admin::serve(http, routes, admin::Limits::default(), stop).await?)
+    });
+    bound(addresses);
+    supervisor.run(config.readiness_grace, config.drain).await
+}
+
+async fn listen(address: SocketAddr, field: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("{field}: cannot listen on {address}"))
+}
+
+fn totals(fleet: &Fleet, ingest: &Ingest, metrics: &IngestMetrics) -> IngestTotals {
+    let rows = fleet.table();
+    let pods = rows.rows.iter().map(|row| {
+        let status = row.status();
+        PodTotals {
+            pod: Arc::clone(&row.id.pod),
+            messages: status.messages,
+            reconnections: status.reconnections,
+        }
+    });
+    IngestTotals {
+        admissions: metrics.stored_blocks.get(),
+        evictions: metrics.removed_blocks.get(),
+        active_subscribers: ingest.subscriptions() as u64,
+        pods: pods.collect(),
+    }
+}

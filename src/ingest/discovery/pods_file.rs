@@ -1,0 +1,285 @@
+//! A file that lists pods, looked at again and again.
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, ensure};
+use serde::Deserialize;
+
+use super::{Scheme, check_endpoint, check_tcp};
+use crate::{ingest::fleet::PodDeclaration, model::CountMode};
+
+/// Longest file that is read, bytes: tens of thousands of pods.
+const MAX_FILE: u64 = 8 << 20;
+
+/// A file written this shortly before it was read may be written again without a change of its
+/// timestamp, on file systems that count in seconds.
+const RACY: Duration = Duration::from_secs(2);
+
+/// A pod in the file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Entry {
+    id: String,
+    endpoint: String,
+    replay_endpoint: Option<String>,
+    model: Option<String>,
+    rank: Option<u32>,
+    #[serde(default)]
+    topic_filter: String,
+    #[serde(default)]
+    engine: String,
+    engine_version: Option<String>,
+    #[serde(default)]
+    trust_unchained: bool,
+    #[serde(default)]
+    count_mode: CountModeName,
+    block_size: Option<u32>,
+    #[serde(default)]
+    first_sequence: u64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum CountModeName {
+    #[default]
+    Counted,
+    Set,
+}
+
+/// A YAML or JSON list of pods, re-read when it changes.
+///
+/// Fields of a pod: `id` and `endpoint` (required), `replayEndpoint`, `model`, `rank`,
+/// `topicFilter`, `engine` (`vllm`, `sglang`), `engineVersion`, `trustUnchained`, `countMode`
+/// (`counted`, `set`), `blockSize`, `firstSequence`; their meaning is that of [`PodDeclaration`].
+#[derive(Debug)]
+pub struct PodsFile {
+    path: PathBuf,
+    seen: Option<Seen>,
+}
+
+/// The file as last looked at, good or not.
+#[derive(Debug, PartialEq)]
+enum Seen {
+    Unreadable,
+    Read { modified: Option<SystemTime>, settled: bool, content: String },
+}
+
+impl PodsFile {
+    /// Watches `path`. Nothing is read yet.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), seen: None }
+    }
+
+    /// The path given.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The pods if the file changed since the last call, none if not. The first call reads it.
+    ///
+    /// Blocks for as long as the file system takes.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read or is wrong: once per change, so that a caller that polls can
+    /// log every error and keep its last good list.
+    pub fn changed(&mut self) -> anyhow::Result<Option<Vec<PodDeclaration>>> {
+        let look = self.look().with_context(|| format!("reading {}", self.path.display()));
+        let now = match look {
+            Ok(None) => return Ok(None),
+            Ok(Some(now)) => now,
+            Err(error) => {
+                let known = self.seen.replace(Seen::Unreadable) == Some(Seen::Unreadable);
+                return if known { Ok(None) } else { Err(error) };
+            }
+        };
+        let before = self.seen.replace(now);
+        let Some(Seen::Read { content, .. }) = &self.seen else { return Ok(None) };
+        if matches!(&before, Some(Seen::Read { content: before, .. }) if before == content) {
+            return Ok(None);
+        }
+        parse(content).with_context(|| format!("reading {}", self.path.display())).map(Some)
+    }
+
+    /// The file, unless its metadata shows that it is still the one seen.
+    fn look(&self) -> anyhow::Result<Option<Seen>> {
+        let file = File::open(&self.path)?;
+        let metadata = file.metadata()?;
+        let modified = metadata.modified().ok();
+        if let Some(Seen::Read { modified: before, settled: true, content }) = &self.seen
+            && *before == modified
+            && content.len() as u64 == metadata.len()
+        {
+            return Ok(None);
+        }
+        let mut content = String::new();
+        file.take(MAX_FILE + 1).read_to_string(&mut content)?;
+        ensure!(content.len() as u64 <= MAX_FILE, "longer than {MAX_FILE} bytes");
+        let age = modified.and_then(|modified| modified.elapsed().ok());
+        let settled = age.is_some_and(|age| age > RACY);
+        Ok(Some(Seen::Read { modified, settled, content }))
+    }
+}
+
+/// Reads a list of pods.
+fn parse(content: &str) -> anyhow::Result<Vec<PodDeclaration>> {
+    // A file cut short by its writer is not a fleet without pods; that is `[]`.
+    ensure!(!content.trim().is_empty(), "empty; a list without pods is []");
+    let entries: Vec<Entry> = serde_saphyr::from_str(content)?;
+    let mut known = HashSet::new();
+    for (at, entry) in entries.iter().enumerate() {
+        let place = || format!("pod {at} ({:?})", entry.id);
+        check(entry).map_err(anyhow::Error::msg).with_context(place)?;
+        ensure!(known.insert((&entry.id, entry.rank)), "{}: listed twice", place());
+    }
+    Ok(entries.into_iter().map(PodDeclaration::from).collect())
+}
+
+fn check(entry: &Entry) -> Result<(), String> {
+    if entry.id.is_empty() {
+        return Err("id is empty".to_owned());
+    }
+    let scheme = check_endpoint("endpoint", &entry.endpoint)?;
+    if let Some(replay) = &entry.replay_endpoint {
+        check_tcp("replayEndpoint", replay)?;
+        if scheme == Scheme::Http && entry.rank.is_none() {
+            return Err("replayEndpoint: an http:// engine announces it itself".to_owned());
+        }
+    }
+    if entry.model.as_ref().is_some_and(String::is_empty) {
+        return Err("model is empty".to_owned());
+    }
+    if entry.block_size == Some(0) {
+        return Err("blockSize is 0".to_owned());
+    }
+    if !matches!(entry.engine.as_str(), "" | "vllm" | "sglang") {
+        return Err(format!("engine {:?} is neither vllm nor sglang", entry.engine));
+    }
+    Ok(())
+}
+
+impl From<Entry> for PodDeclaration {
+    fn from(entry: Entry) -> Self {
+        Self {
+            pod: entry.id,
+            endpoint: entry.endpoint,
+            replay_endpoint: entry.replay_endpoint,
+            model: entry.model,
+            rank: entry.rank,
+            topic_filter: entry.topic_filter,
+            engine: entry.engine,
+            engine_version: entry.engine_version,
+            trust_unchained: entry.trust_unchained,
+            count_mode: match entry.count_mode {
+                CountModeName::Counted => CountMode::Counted,
+                CountModeName::Set => CountMode::Set,
+            },
+            block_size: entry.block_size,
+            first_sequence: entry.first_sequence,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: &str = "
+- id: 10.0.0.1:8000
+  endpoint: tcp://10.0.0.1:5557
+  replayEndpoint: tcp://10.0.0.1:5558
+  model: meta/llama
+  rank: 1
+  topicFilter: kv@
+  engine: sglang
+  engineVersion: 0.5.23
+  trustUnchained: true
+  countMode: set
+  blockSize: 16
+  firstSequence: 1
+- id: b
+  endpoint: http://b:8000
+";
+
+    #[test]
+    fn every_field_is_read() {
+        let pods = parse(FULL).unwrap();
+        assert_eq!(
+            pods[0],
+            PodDeclaration {
+                pod: "10.0.0.1:8000".to_owned(),
+                endpoint: "tcp://10.0.0.1:5557".to_owned(),
+                replay_endpoint: Some("tcp://10.0.0.1:5558".to_owned()),
+                model: Some("meta/llama".to_owned()),
+                rank: Some(1),
+                topic_filter: "kv@".to_owned(),
+                engine: "sglang".to_owned(),
+                engine_version: Some("0.5.23".to_owned()),
+                trust_unchained: true,
+                count_mode: CountMode::Set,
+                block_size: Some(16),
+                first_sequence: 1,
+            }
+        );
+        let json = r#"[{"id": "b", "endpoint": "http://b:8000"}]"#;
+        assert_eq!(parse(json).unwrap(), pods[1..]);
+        assert_eq!(parse("[]").unwrap(), []);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (content, why) in [
+            ("", "empty"),
+            ("id: a", "sequence"),
+            ("- id: a", "endpoint"),
+            ("- {id: a, endpoint: 'tcp://a:1', port: 1}", "port"),
+            ("- {id: '', endpoint: 'tcp://a:1'}", "id is empty"),
+            ("- {id: a, endpoint: 'a:1'}", "pod 0 (\"a\"): endpoint \"a:1\" starts with neither"),
+            ("- {id: a, endpoint: 'tcp://a:1', engine: trt}", "neither vllm nor sglang"),
+            ("- {id: a, endpoint: 'tcp://a:1', countMode: both}", "both"),
+            ("- {id: a, endpoint: 'tcp://a:1', blockSize: 0}", "blockSize"),
+            ("- {id: a, endpoint: 'tcp://a:1', replayEndpoint: 'http://a:2'}", "replayEndpoint"),
+            ("[{id: a, endpoint: 'tcp://a:1'}, {id: a, endpoint: 'tcp://a:2'}]", "pod 1"),
+        ] {
+            let error = format!("{:#}", parse(content).unwrap_err());
+            assert!(error.contains(why), "{content}: {error}");
+        }
+    }
+
+    #[test]
+    fn changes_are_noticed_and_errors_reported_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pods.yaml");
+        let mut file = PodsFile::new(&path);
+        assert!(file.changed().is_err());
+        assert_eq!(file.changed().unwrap(), None);
+        std::fs::write(&path, FULL).unwrap();
+        assert_eq!(file.changed().unwrap().unwrap().len(), 2);
+        assert_eq!(file.changed().unwrap(), None);
+        // The same length, and maybe the same timestamp.
+        std::fs::write(&path, FULL.replace("id: b", "id: c")).unwrap();
+        assert_eq!(file.changed().unwrap().unwrap()[1].pod, "c");
+        std::fs::write(&path, "- id: [").unwrap();
+        let error = format!("{:#}", file.changed().unwrap_err());
+        assert!(error.contains("pods.yaml"), "{error}");
+        assert_eq!(file.changed().unwrap(), None);
+        // Settled: its metadata is enough.
+        std::fs::write(&path, FULL).unwrap();
+        let old = SystemTime::now() - Duration::from_secs(60);
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(old).unwrap();
+        assert_eq!(file.changed().unwrap().unwrap().len(), 2);
+        assert!(file.look().unwrap().is_none());
+        std::fs::remove_file(&path).unwrap();
+        assert!(file.changed().is_err());
+        std::fs::write(&path, FULL).unwrap();
+        assert_eq!(file.changed().unwrap().unwrap().len(), 2);
+    }
+}

@@ -1,0 +1,332 @@
+//! One publisher: its sequencer, its row, its replay request. Lives on a subscriber thread.
+//!
+//! A publisher's row needs a model and, where the engine has one, a rank. What the declaration
+//! leaves open is learnt from the first message; until then a *provisional* row shows the state
+//! and the batches wait here.
+
+use std::{collections::VecDeque, sync::Arc, time::Instant};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{
+    hash::Models,
+    ingest::{
+        IngestConfig,
+        apply::{Applier, Shared},
+        fleet::{PodDeclaration, Row},
+        frame::{self, Frame},
+        lane::{Item, Lanes, Pipe},
+        sequencer::{Action, Message, Reason, Sequencer, SequencerConfig},
+    },
+    model::{PodState, RowId},
+    wire::{BatchHeader, ReplayReply, Topic, header},
+};
+
+/// Payload bytes that wait for a model name at most; it may never come.
+const MAX_WAITING_BYTES: usize = 16 << 20;
+
+type Actions = Vec<Action<Frame>>;
+
+/// What publishers of one process share.
+pub(crate) struct Context {
+    pub(crate) config: IngestConfig,
+    pub(crate) models: Models,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) lanes: Lanes,
+    pub(crate) zmq: zmq::Context,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// See the module's documentation.
+pub(crate) struct Publisher {
+    context: Arc<Context>,
+    declaration: Arc<PodDeclaration>,
+    sequencer: Sequencer<Frame>,
+    row: Arc<Row>,
+    pipe: Arc<Pipe>,
+    /// Items that wait for the row to be settled, and their bytes.
+    waiting: Option<(VecDeque<Item>, usize)>,
+    warned: bool,
+    /// The open replay request.
+    dealer: Option<zmq::Socket>,
+    actions: Actions,
+}
+
+impl Publisher {
+    /// A publisher with its row; `None` when no row can be had.
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        declaration: &Arc<PodDeclaration>,
+        now: Instant,
+    ) -> Option<Self> {
+        let model = declaration.model.as_deref().unwrap_or_default();
+        let (row, pipe) = Self::row(context, declaration, declaration.rank, model)?;
+        let replay = declaration.replay_endpoint.as_ref().map(|_| context.config.replay.clone());
+        let config = SequencerConfig { first_sequence: declaration.first_sequence, replay };
+        let mut publisher = Self {
+            context: Arc::clone(context),
+            declaration: Arc::clone(declaration),
+            sequencer: Sequencer::new(config),
+            row,
+            pipe,
+            // With both known there is nothing to wait for, not even for a first message.
+            waiting: (declaration.model.is_none() || declaration.rank.is_none())
+                .then(Default::default),
+            warned: false,
+            dealer: None,
+            actions: Vec::new(),
+        };
+        publisher.drive(|sequencer, out| sequencer.start(now, out));
+        Some(publisher)
+    }
+
+    fn row(
+        context: &Arc<Context>,
+        declaration: &PodDeclaration,
+        rank: Option<u32>,
+        model: &str,
+    ) -> Option<(Arc<Row>, Arc<Pipe>)> {
+        let model = context.models.canonical(model);
+        let fleet = &context.shared.fleet;
+        let id = RowId { pod: Arc::from(declaration.pod.as_str()), rank };
+        let scheme = context.models.scheme(model);
+        let row = fleet.add(id, &declaration.endpoint, scheme, &Arc::from(model), declaration.count_mode)?;
+        let pipe = context.lanes.pipe(Applier::new(&context.shared, &row, declaration));
+        Some((row, pipe))
+    }
+
+    pub(crate) fn row_id(&self) -> &RowId {
+        &self.row.id
+    }
+
+    /// Is there room for one more message? Otherwise it counts as lost, and the sequencer will ask
+    /// for it again.
+    pub(crate) fn has_room(&self) -> bool {
+        let config = &self.context.config;
+        let waiting = self.waiting.as_ref().map_or(0, |(_, bytes)| *bytes);
+        waiting < config.queue_bytes.min(MAX_WAITING_BYTES) && self.pipe.has_room(config.queue_batches, config.queue_bytes)
+    }
+
+    /// The open replay socket, while its replies can be taken in.
+    pub(crate) fn dealer(&self) -> Option<&zmq::Socket> {
+        self.dealer.as_ref().filter(|_| self.has_room())
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.sequencer.deadline()
+    }
+
+    /// A live message whose frames are sound; `header` is absent if its payload is not.
+    pub(crate) fn message(
+        &mut self,
+        model: &str,
+        sequence: u64,
+        header: Option<&BatchHeader>,
+        payload: Frame,
+        now: Instant,
+    ) {
+        self.context.shared.metrics.messages.inc();
+        self.row.update(|status| status.messages += 1);
+        let message = self.parse(model, sequence, header, payload);
+        self.drive(|sequencer, out| sequencer.message(message, now, out));
+    }
+
+    /// Reads what the replay socket has; `false` when it has nothing more for now.
+    pub(crate) fn replay(&mut self, now: Instant) -> bool {
+        let Some(dealer) = self.dealer.as_ref() else { return false };
+        let mut frames = match frame::receive(dealer) {
+            Ok(frames) => frames,
+            Err(zmq::Error::EAGAIN | zmq::Error::EINTR) => return false,
+            Err(error) => {
+                tracing::warn!(pod = %self.row.id, %error, "Replay socket failed.");
+                self.drive(|sequencer, out| sequencer.replay_failed(now, out));
+                return false;
+            }
+        };
+        match ReplayReply::parse(&frames) {
+            Ok(ReplayReply::End) => {
+                self.drive(|sequencer, out| sequencer.replay_end(now, out));
+            }
+            Ok(ReplayReply::Batch { sequence, .. }) => {
+                // Newer engines repeat the topic.
+                let topic = if let [_, topic, _, _] = &frames[..] { topic } else { &b""[..] };
+                let model = Topic::parse(topic, usize::MAX)
+                    .map_or_else(|_| String::new(), |topic| topic.model.into_owned());
+                let Some(payload) = frames.pop() else { return true };
+                let header = header(&payload, &self.context.config.limits).ok();
+                let message = self.parse(&model, sequence, header.as_ref(), payload);
+                self.drive(|sequencer, out| sequencer.replayed(message, now, out));
+            }
+            Err(error) => self.context.shared.metrics.reject(error.reason()),
+        }
+        true
+    }
+
+    /// Takes from the payload what ordering needs, and settles the row if this tells how.
+    fn parse(
+        &mut self,
+        model: &str,
+        sequence: u64,
+        header: Option<&BatchHeader>,
+        payload: Frame,
+    ) -> Message<Frame> {
+        if self.waiting.is_some()
+            && let Some(header) = header
+        {
+            self.settle(model, header.rank);
+        }
+        // A payload that is no batch keeps its place in the order; the lane rejects it. Its time
+        // is the beginning of all times, so that it can never start a new life.
+        Message {
+            sequence,
+            timestamp: header.map_or(f64::NEG_INFINITY, |header| header.timestamp),
+            payload_hash: xxh3_64(&payload),
+            payload_bytes: payload.len(),
+            payload,
+        }
+    }
+
+    /// Replaces the provisional row by the final one and lets what waited go.
+    fn settle(&mut self, model: &str, rank: Option<u32>) {
+        let model = self.declaration.model.clone().unwrap_or_else(|| model.to_owned());
+        let rank = self.declaration.rank.or(rank);
+        if model.is_empty() {
+            if !self.warned {
+                self.warned = true;
+                self.row.update(|status| status.reason = "no model is known".to_owned());
+                tracing::warn!(
+                    pod = %self.row.id,
+                    "No model in declaration or topic; the pod is not indexed until one is known.",
+                );
+            }
+            return;
+        }
+        if self.row.id.rank != rank || *self.row.model != *self.context.models.canonical(&model) {
+            let new = Self::row(&self.context, &self.declaration, rank, &model);
+            let Some((row, pipe)) = new else {
+                self.context.shared.metrics.refuse("max_pods");
+                return;
+            };
+            let status = self.row.status();
+            row.update(|fresh| *fresh = status);
+            self.pipe.close();
+            self.context.shared.fleet.remove(self.row.slot);
+            (self.row, self.pipe) = (row, pipe);
+        }
+        for item in self.waiting.take().into_iter().flat_map(|(items, _)| items) {
+            self.pipe.push(item);
+        }
+    }
+
+    pub(crate) fn connected(&mut self, now: Instant) {
+        self.row.update(|status| {
+            // Fresh rows start as not connected; only a return counts.
+            status.reconnections += u64::from(status.stale);
+            status.connected = true;
+        });
+        self.drive(|sequencer, out| sequencer.connected(now, out));
+    }
+
+    pub(crate) fn disconnected(&mut self, now: Instant) {
+        self.row.update(|status| status.connected = false);
+        self.drive(|sequencer, out| sequencer.disconnected(now, out));
+    }
+
+    pub(crate) fn tick(&mut self, now: Instant) {
+        if let Some((epoch, sequence)) = self.pipe.take_cleared() {
+            self.drive(|sequencer, out| sequencer.cleared(epoch, sequence, now, out));
+        }
+        if self.deadline().is_some_and(|deadline| deadline <= now) {
+            self.drive(|sequencer, out| sequencer.tick(now, out));
+        }
+    }
+
+    /// Runs the state machine and carries out what it asks for.
+    fn drive(&mut self, input: impl FnOnce(&mut Sequencer<Frame>, &mut Actions)) {
+        let mut actions = std::mem::take(&mut self.actions);
+        input(&mut self.sequencer, &mut actions);
+        for action in actions.drain(..) {
+            match action {
+                Action::Deliver(message) => self.push(Item::Batch {
+                    sequence: message.sequence,
+                    payload: message.payload,
+                }),
+                Action::Reset { epoch } => self.push(Item::Reset { epoch }),
+                Action::Rebuild => self.push(Item::Rebuild),
+                Action::CountMode(mode) => self.push(Item::CountMode(Some(mode))),
+                Action::CountModeDefault => self.push(Item::CountMode(None)),
+                Action::State(state, reason) => self.show(state, reason),
+                Action::Stale(stale) => {
+                    self.row.update(|status| status.stale = stale);
+                    self.context.shared.fleet.changed();
+                }
+                Action::RequestReplay { from } => self.request(from),
+                Action::CancelReplay => self.dealer = None,
+                Action::Count(counter) => self.context.shared.metrics.notice(counter, &self.row),
+            }
+        }
+        self.actions = actions;
+        let seen = self.sequencer.seen().max(self.sequencer.applied());
+        self.row.update(|status| status.seen = seen);
+    }
+
+    fn show(&mut self, state: PodState, reason: Reason) {
+        self.push(Item::State(state, reason));
+        if self.waiting.is_some() {
+            // Nothing is applied yet, so the state is true at once.
+            self.row.update(|status| {
+                status.state = state;
+                status.reason = reason.to_string();
+            });
+            self.context.shared.fleet.changed();
+        }
+    }
+
+    fn push(&mut self, item: Item) {
+        match &mut self.waiting {
+            Some((items, bytes)) => {
+                if let Item::Batch { payload, .. } = &item {
+                    *bytes += payload.len();
+                }
+                items.push_back(item);
+            }
+            None => self.pipe.push(item),
+        }
+    }
+
+    /// Asks on a fresh socket, so that replies to an earlier request go nowhere.
+    fn request(&mut self, from: u64) {
+        self.dealer = None;
+        let Some(endpoint) = self.declaration.replay_endpoint.clone() else { return };
+        match self.open(&endpoint, from) {
+            Ok(dealer) => self.dealer = Some(dealer),
+            // The sequencer notices the silence and decides.
+            Err(error) => {
+                tracing::warn!(pod = %self.row.id, %endpoint, %error, "Cannot ask for a replay.");
+            }
+        }
+    }
+
+    fn open(&self, endpoint: &str, from: u64) -> zmq::Result<zmq::Socket> {
+        let dealer = self.context.zmq.socket(zmq::DEALER)?;
+        dealer.set_linger(0)?;
+        dealer.set_rcvhwm(self.context.config.receive_high_water_mark)?;
+        dealer.set_ipv6(true)?;
+        dealer.set_reconnect_ivl(200)?;
+        dealer.connect(endpoint)?;
+        // The request waits in the socket until the engine is there; HWM 1000 never blocks it.
+        dealer.send_multipart([&b""[..], &from.to_be_bytes()], zmq::DONTWAIT)?;
+        Ok(dealer)
+    }
+
+    /// Takes the row and its blocks out of the index.
+    pub(crate) fn remove(self) {
+        self.pipe.close();
+        self.context.shared.fleet.remove(self.row.slot);
+    }
+}

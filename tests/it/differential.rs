@@ -1,0 +1,323 @@
+//! Every index against the oracle: random event streams, serial and concurrent.
+//!
+//! `suite!` gives an index the whole suite. A failing stream is shrunk by proptest and printed with
+//! its seed (`proptest-regressions` keeps it). `PROPTEST_CASES=20000` makes it a soak:
+//! `PROPTEST_CASES=20000 cargo test --release --test it differential`.
+
+mod world;
+
+use std::sync::Arc;
+
+use kv_indexer::{
+    hash::{Algorithm, Scheme},
+    index::{BlockIndex, IndexConfig, Match, PodSpec, dash::DashIndex, naive::NaiveIndex},
+    model::{CountMode, PodSlot, RequestKey},
+};
+use proptest::{prelude::*, test_runner::TestRunner};
+
+use self::world::{Op, Sizes, World, ops};
+
+fn config() -> IndexConfig {
+    IndexConfig { speculative_weight: 0.9, orphan_blocks: 40, ..IndexConfig::default() }
+}
+
+fn spec(sizes: Sizes) -> PodSpec {
+    PodSpec {
+        scheme: Arc::new(Scheme::new(Algorithm::Xxh3, "seed", sizes.request)),
+        model: Arc::from("m"),
+        count_mode: CountMode::Counted,
+    }
+}
+
+fn look(index: &dyn BlockIndex, keys: &[RequestKey]) -> Vec<Match> {
+    let mut out = Vec::new();
+    index.lookup(keys, true, &mut out);
+    for found in &mut out {
+        // Sums of weights are compared, not their rounding.
+        found.score = (found.score * 1e6).round() / 1e6;
+    }
+    out
+}
+
+/// Compares everything that the trait tells, for every chain that the stream ever named.
+fn compare(subject: &dyn BlockIndex, oracle: &dyn BlockIndex, world: &World) -> Result<(), String> {
+    for keys in world.queries() {
+        let (got, want) = (look(subject, &keys), look(oracle, &keys));
+        if got != want {
+            return Err(format!("lookup of {} keys:\n got {got:?}\nwant {want:?}", keys.len()));
+        }
+        for key in keys {
+            let (got, want) = (subject.holders(key), oracle.holders(key));
+            if got != want {
+                return Err(format!("holders of {key:?}: got {got:?}, want {want:?}"));
+            }
+            for slot in world.slots() {
+                let (got, want) = (subject.removed_at(slot, key), oracle.removed_at(slot, key));
+                if got != want {
+                    return Err(format!("removal of {key:?}: got {got:?}, want {want:?}"));
+                }
+            }
+        }
+    }
+    for slot in world.slots() {
+        let (got, want) = (subject.pod_usage(slot), oracle.pod_usage(slot));
+        let told = |usage: &kv_indexer::index::PodUsage| {
+            (usage.blocks, usage.blocks_by_tier.clone(), usage.orphans, usage.hybrid_unsupported)
+        };
+        if told(&got) != told(&want) {
+            return Err(format!("usage of {slot:?}: got {:?}, want {:?}", told(&got), told(&want)));
+        }
+    }
+    Ok(())
+}
+
+/// Applies a stream to both and compares after every operation.
+fn serial(subject: &dyn BlockIndex, sizes: Sizes, ops: &[Op]) -> Result<(), String> {
+    let oracle = NaiveIndex::new(config());
+    let mut world = World::new(sizes);
+    for pod in 0..world::PODS {
+        let (a, b) = (subject.register(spec(sizes)), oracle.register(spec(sizes)));
+        assert_eq!(a, b, "both give out the lowest free slot");
+        world.add(pod, a.unwrap());
+    }
+    for (at, op) in ops.iter().enumerate() {
+        let event = world.event(op);
+        let (got, want) = (world.apply(subject, &event), world.apply(&oracle, &event));
+        if got != want {
+            return Err(format!("op {at} {op:?}: outcome {got:?}, want {want:?}"));
+        }
+        compare(subject, &oracle, &world).map_err(|why| format!("after op {at} {op:?}: {why}"))?;
+    }
+    for slot in world.slots() {
+        subject.unregister(slot);
+        oracle.unregister(slot);
+    }
+    compare(subject, &oracle, &world).map_err(|why| format!("after unregistration: {why}"))?;
+    if subject.usage().keys != 0 {
+        return Err(format!("{} keys left without pods", subject.usage().keys));
+    }
+    Ok(())
+}
+
+/// Runs random streams; returns the shrunk failure, if any.
+fn check(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
+    let cases = std::env::var("PROPTEST_CASES").map_or(cases, |n| n.parse().unwrap());
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases,
+        failure_persistence: None,
+        max_shrink_iters: 4096,
+        ..ProptestConfig::default()
+    });
+    let streams = (world::sizes(), ops(48));
+    let result = runner.run(&streams, |(sizes, ops)| {
+        serial(&*make(), sizes, &ops).map_err(TestCaseError::fail)
+    });
+    result.map_err(|failure| failure.to_string())
+}
+
+/// Each pod's stream on a thread of its own, with readers beside them; exact at the end.
+fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases,
+        failure_persistence: None,
+        max_shrink_iters: 0,
+        ..ProptestConfig::default()
+    });
+    let streams = (world::sizes(), ops(400));
+    let result = runner.run(&streams, |(sizes, ops)| {
+        let subject = make();
+        let oracle = NaiveIndex::new(config());
+        let mut world = World::new(sizes);
+        for pod in 0..world::PODS {
+            world.add(pod, subject.register(spec(sizes)).unwrap());
+            oracle.register(spec(sizes)).unwrap();
+        }
+        // One more pod that nothing is applied to while the others change: exact throughout.
+        let idle = subject.register(spec(sizes)).unwrap();
+        assert_eq!(oracle.register(spec(sizes)), Some(idle));
+        let full = world.full_store(5);
+        world.apply_at(&*subject, idle, &full);
+        world.apply_at(&oracle, idle, &full);
+        let mut lanes: Vec<Vec<world::Event>> = vec![Vec::new(); world::PODS];
+        for op in &ops {
+            let event = world.event(op);
+            world.apply(&oracle, &event);
+            lanes[event.pod].push(event);
+        }
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let (subject, world, stop) = (&*subject, &world, &stop);
+        let keys = world.full_keys(5);
+        let steady = std::thread::scope(|scope| {
+            let writers: Vec<_> = lanes
+                .iter()
+                .map(|lane| {
+                    scope.spawn(move || {
+                        for event in lane {
+                            world.apply(subject, event);
+                        }
+                    })
+                })
+                .collect();
+            let reader = scope.spawn(move || {
+                let mut calls = 0u64;
+                while calls < 10 || !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let found = look(subject, &keys);
+                    let own = found.iter().find(|found| found.slot == idle);
+                    if own.is_none_or(|own| own.confirmed as usize != keys.len()) {
+                        return Err(format!("the idle pod changed: {own:?}"));
+                    }
+                    calls += 1;
+                }
+                Ok(())
+            });
+            writers.into_iter().for_each(|writer| writer.join().unwrap());
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            reader.join().unwrap()
+        });
+        steady.and_then(|()| compare(subject, &oracle, world)).map_err(TestCaseError::fail)
+    });
+    result.map_err(|failure| failure.to_string())
+}
+
+macro_rules! suite {
+    ($name:ident, $make:expr) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn agrees_with_the_oracle_serially() {
+                check(&|| Box::new($make), 96).unwrap();
+            }
+
+            #[test]
+            fn agrees_with_the_oracle_concurrently() {
+                concurrent(&|| Box::new($make), 8).unwrap();
+            }
+
+            #[test]
+            fn rejoining_suffix_is_not_credited() {
+                // W0 holds [A], W1 holds [X, B]: for [A, B] neither holds B.
+                world::rejoining_suffix(&$make);
+            }
+        }
+    };
+}
+
+suite!(dash, DashIndex::new(config()));
+suite!(naive, NaiveIndex::new(config()));
+
+/// An index with a bug, to show that the suite sees it.
+#[derive(Debug)]
+struct Broken {
+    inner: DashIndex,
+    bug: Bug,
+    removals: std::sync::atomic::AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Bug {
+    DropsEveryFifthRemoval,
+    CreditsRejoiningSuffix,
+    KeepsBlocksOverClear,
+    IgnoresGroups,
+    ForgetsTheSecondCopy,
+    ForgetsExtras,
+}
+
+impl BlockIndex for Broken {
+    fn register(&self, spec: PodSpec) -> Option<PodSlot> {
+        self.inner.register(spec)
+    }
+    fn unregister(&self, slot: PodSlot) {
+        self.inner.unregister(slot);
+    }
+    fn store(
+        &self,
+        slot: PodSlot,
+        store: &kv_indexer::index::Store<'_>,
+    ) -> kv_indexer::index::StoreOutcome {
+        let mut store = *store;
+        match self.bug {
+            Bug::IgnoresGroups => (store.group, store.kind) = (None, None),
+            Bug::ForgetsExtras => store.extras = kv_indexer::index::Extras::default(),
+            _ => {}
+        }
+        self.inner.store(slot, &store)
+    }
+    fn remove(&self, slot: PodSlot, remove: &kv_indexer::index::Remove<'_>) {
+        let count = self.removals.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mut remove = *remove;
+        match self.bug {
+            Bug::DropsEveryFifthRemoval if count % 5 == 4 => return,
+            Bug::IgnoresGroups => remove.group = None,
+            Bug::ForgetsTheSecondCopy => self.inner.remove(slot, &remove),
+            _ => {}
+        }
+        self.inner.remove(slot, &remove);
+    }
+    fn clear(&self, slot: PodSlot) {
+        if !matches!(self.bug, Bug::KeepsBlocksOverClear) {
+            self.inner.clear(slot);
+        }
+    }
+    fn set_count_mode(&self, slot: PodSlot, mode: CountMode) {
+        self.inner.set_count_mode(slot, mode);
+    }
+    fn set_muted(&self, slot: PodSlot, muted: bool) {
+        self.inner.set_muted(slot, muted);
+    }
+    fn expire_orphans(&self, slot: PodSlot, before: std::time::Instant) -> usize {
+        self.inner.expire_orphans(slot, before)
+    }
+    fn speculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
+        self.inner.speculate(slot, keys, mark);
+    }
+    fn unspeculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
+        self.inner.unspeculate(slot, keys, mark);
+    }
+    fn lookup(&self, keys: &[RequestKey], tiers: bool, out: &mut Vec<Match>) {
+        self.inner.lookup(keys, tiers, out);
+        if matches!(self.bug, Bug::CreditsRejoiningSuffix) {
+            for found in out {
+                let next = keys.get(found.depth as usize + 1);
+                if next.is_some_and(|key| self.inner.holders(*key).contains(&found.slot)) {
+                    found.depth += 2;
+                    found.confirmed += 2;
+                }
+            }
+        }
+    }
+    fn holders(&self, key: RequestKey) -> Vec<PodSlot> {
+        self.inner.holders(key)
+    }
+    fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
+        self.inner.removed_at(slot, key)
+    }
+    fn pod_usage(&self, slot: PodSlot) -> kv_indexer::index::PodUsage {
+        self.inner.pod_usage(slot)
+    }
+    fn usage(&self) -> kv_indexer::index::IndexUsage {
+        self.inner.usage()
+    }
+}
+
+#[test]
+fn suite_sees_planted_bugs() {
+    for bug in [
+        Bug::DropsEveryFifthRemoval,
+        Bug::CreditsRejoiningSuffix,
+        Bug::KeepsBlocksOverClear,
+        Bug::IgnoresGroups,
+        Bug::ForgetsTheSecondCopy,
+        Bug::ForgetsExtras,
+    ] {
+        let make = || -> Box<dyn BlockIndex> {
+            Box::new(Broken {
+                inner: DashIndex::new(config()),
+                bug,
+                removals: std::sync::atomic::AtomicU64::new(0),
+            })
+        };
+        assert!(check(&make, 400).is_err(), "{bug:?} went unseen");
+    }
+}

@@ -1,0 +1,266 @@
+//! What the tests share: the real `kv-indexer` as a child process, patience, fixtures.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use kv_indexer::proto::kvindexer::kv_indexer_client::KvIndexerClient;
+use tonic::transport::Channel;
+
+/// How long `eventually` and the harness wait, in seconds; for slow machines.
+const PATIENCE_VARIABLE: &str = "KVX_TEST_PATIENCE_SECONDS";
+const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+const STEP: Duration = Duration::from_millis(5);
+
+/// Bounds every wait of the tests.
+pub(crate) fn patience() -> Duration {
+    std::env::var(PATIENCE_VARIABLE)
+        .ok()
+        .and_then(|seconds| seconds.parse().ok())
+        .map_or(DEFAULT_PATIENCE, Duration::from_secs_f64)
+}
+
+/// Calls `probe` until it gives a value; panics with `what` and its last complaint when patience ends.
+#[track_caller]
+pub(crate) fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + patience();
+    loop {
+        let complaint = match probe() {
+            Ok(value) => return value,
+            Err(complaint) => complaint,
+        };
+        assert!(
+            Instant::now() < deadline,
+            "{what}: still not after {:?}: {complaint}\n({PATIENCE_VARIABLE} gives more time)",
+            patience(),
+        );
+        thread::sleep(STEP);
+    }
+}
+
+/// `tests/fixtures`, or a file in it.
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// For the client side of a test: everything on the test's own thread.
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// A connected client. Call it on the runtime that uses the client.
+pub(crate) async fn connect(grpc: SocketAddr) -> KvIndexerClient<Channel> {
+    let client = KvIndexerClient::connect(format!("http://{grpc}")).await.unwrap();
+    client.max_decoding_message_size(64 << 20)
+}
+
+/// A running `kv-indexer`. Dropping it stops it with SIGTERM and checks that it ends well.
+pub(crate) struct Indexer {
+    /// Address of the gRPC API.
+    pub(crate) grpc: SocketAddr,
+    /// Address of the HTTP admin server.
+    pub(crate) admin: SocketAddr,
+    child: Child,
+    output: Vec<JoinHandle<()>>,
+    log: Arc<Mutex<Vec<String>>>,
+    finished: bool,
+    // Deleted when the process is gone.
+    _config: Option<tempfile::NamedTempFile>,
+}
+
+impl Indexer {
+    /// Starts it on free ports with further arguments, and waits until it is ready.
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::launch(None, arguments)
+    }
+
+    /// As [`Self::start`], with a configuration file of this content.
+    #[expect(dead_code, reason = "for tests of what only the file can say")]
+    pub(crate) fn with_config(yaml: &str, arguments: &[&str]) -> Self {
+        let mut file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
+        file.write_all(yaml.as_bytes()).unwrap();
+        file.flush().unwrap();
+        Self::launch(Some(file), arguments)
+    }
+
+    fn launch(config: Option<tempfile::NamedTempFile>, arguments: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
+        command.args(["--grpc-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
+        if let Some(file) = &config {
+            command.arg("--config").arg(file.path());
+        }
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let output = vec![
+            drain(child.stdout.take().unwrap(), &log),
+            drain(child.stderr.take().unwrap(), &log),
+        ];
+        let unset = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut indexer = Self {
+            grpc: unset,
+            admin: unset,
+            child,
+            output,
+            log,
+            finished: false,
+            _config: config,
+        };
+        indexer.grpc = indexer.announced("grpc listening on ");
+        indexer.admin = indexer.announced("admin listening on ");
+        eventually("readiness", || match indexer.get("/readyz") {
+            Ok((200, _)) => Ok(()),
+            other => Err(format!("/readyz: {other:?}")),
+        });
+        indexer
+    }
+
+    fn announced(&mut self, prefix: &str) -> SocketAddr {
+        let (log, child) = (Arc::clone(&self.log), &mut self.child);
+        let found = eventually(prefix, || {
+            // Looked at before the log, so that the last lines of a dead process are not missed.
+            let ended = child.try_wait().unwrap();
+            let log = log.lock().unwrap();
+            if let Some(address) = address_after(&log, prefix) {
+                return Ok(Ok(address));
+            }
+            match ended {
+                Some(status) => Ok(Err(format!("kv-indexer ended: {status}\n{}", log.join("\n")))),
+                None => Err("no such line".to_owned()),
+            }
+        });
+        match found {
+            Ok(address) => address,
+            Err(ended) => {
+                self.finished = true;
+                panic!("{ended}");
+            }
+        }
+    }
+
+    /// `GET path` on the admin server: status and body.
+    pub(crate) fn get(&self, path: &str) -> Result<(u16, String), String> {
+        http_get(self.admin, path).map_err(|error| error.to_string())
+    }
+
+    /// What it wrote so far, both streams.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// Stops it with SIGTERM; panics unless it then exits with 0. Returns what it wrote.
+    pub(crate) fn finish(mut self) -> String {
+        let status = self.stop();
+        let log = self.log();
+        assert!(status.success(), "kv-indexer ended with {status} after SIGTERM:\n{log}");
+        log
+    }
+
+    fn stop(&mut self) -> ExitStatus {
+        self.finished = true;
+        terminate(&self.child);
+        let deadline = Instant::now() + patience();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                self.child.kill().unwrap();
+                break self.child.wait().unwrap();
+            }
+            thread::sleep(STEP);
+        };
+        for thread in self.output.drain(..) {
+            thread.join().unwrap();
+        }
+        status
+    }
+}
+
+impl Drop for Indexer {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        let status = self.stop();
+        if thread::panicking() {
+            // The log is what explains the failed test.
+            println!("--- kv-indexer ({status})\n{}\n---", self.log());
+        } else {
+            assert!(status.success(), "kv-indexer ended with {status}:\n{}", self.log());
+        }
+    }
+}
+
+/// SIGTERM by process id.
+pub(crate) fn terminate(child: &Child) {
+    let done = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(done.success(), "kill -TERM {}", child.id());
+}
+
+/// SIGINT by process id.
+pub(crate) fn interrupt(child: &Child) {
+    let done = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(done.success(), "kill -INT {}", child.id());
+}
+
+fn drain(stream: impl Read + Send + 'static, log: &Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
+    let log = Arc::clone(log);
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines() {
+            let Ok(line) = line else { return };
+            log.lock().unwrap().push(line);
+        }
+    })
+}
+
+fn address_after(log: &[String], prefix: &str) -> Option<SocketAddr> {
+    log.iter().find_map(|line| {
+        let (_, rest) = line.split_once(prefix)?;
+        rest.split_whitespace().next()?.parse().ok()
+    })
+}
+
+fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let answer = String::from_utf8_lossy(&answer);
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+    match status {
+        Some(status) => Ok((status, body.to_owned())),
+        None => Err(std::io::Error::other(format!("not HTTP: {head:?}"))),
+    }
+}
+
+#[test]
+fn addresses_are_found_in_the_log() {
+    let log = ["x".to_owned(), "INFO grpc listening on 127.0.0.1:4711 (plain)".to_owned()];
+    let found = address_after(&log, "grpc listening on ");
+    assert_eq!(found, Some(SocketAddr::from(([127, 0, 0, 1], 4711))));
+    assert_eq!(address_after(&log, "admin listening on "), None);
+}
+
+#[test]
+fn http_answers_are_split() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = [0; 1024];
+        let read = stream.read(&mut request).unwrap();
+        stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\nA: b\r\n\r\nnot yet").unwrap();
+        String::from_utf8_lossy(&request[..read]).into_owned()
+    });
+    assert_eq!(http_get(address, "/readyz").unwrap(), (503, "not yet".to_owned()));
+    assert!(server.join().unwrap().starts_with("GET /readyz HTTP/1.1\r\n"));
+}
