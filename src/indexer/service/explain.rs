@@ -227,6 +227,13 @@ impl Case<'_> {
                 status.rejected_events
             ));
         }
+        if status.refused_blocks > 0 {
+            findings.push(format!(
+                "{} blocks were refused because the index is at its cap (kv_index_cap_bytes): the \
+                 score may be too low",
+                status.refused_blocks
+            ));
+        }
         findings.extend(self.about_the_missing_block(row, found));
         findings
     }

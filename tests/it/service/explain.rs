@@ -65,12 +65,14 @@ async fn it_says_what_ails_the_pod() {
         status.reason = "gap 7..9".to_owned();
         status.stale = true;
         status.rejected_events = 5;
+        status.refused_blocks = 6;
         status.orphans = 9;
     });
     let answer = explain(&world, "a", request(vec![prompt(&tokens(2))])).await;
     finds(&answer, "degraded (gap 7..9)");
     finds(&answer, "stale: ");
     finds(&answer, "5 events were rejected");
+    finds(&answer, "6 blocks were refused because the index is at its cap");
     finds(&answer, "2 blocks wait for a parent that was never announced, 9 ever did");
     finds(&answer, "engine blocks of 16 tokens, request blocks of 4: fine");
     finds(&answer, "engine blocks of 6 tokens, request blocks of 4: neither");

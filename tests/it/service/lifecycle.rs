@@ -122,6 +122,7 @@ async fn metrics_of_a_pod_vanish_with_it() {
         "kv_pod_backlog_batches{pod=\"a\",rank=\"1\"} 2",
         "kv_pod_lag_seconds{pod=\"a\",rank=\"1\"} 0.0015",
         "kv_pod_gaps_total{pod=\"a\",rank=\"1\"} 2",
+        "kv_pod_refused_blocks_total{pod=\"b\",rank=\"\"} 0",
         "kv_pod_connected{pod=\"b\",rank=\"\"} 1",
         "kv_pods{state=\"stale\"} 1",
         "kv_pods{state=\"live\"} 1",
