@@ -363,9 +363,9 @@ impl Ledger {
         let scheme = Arc::clone(&self.spec.scheme);
         let mut scratch = Vec::new();
         self.orphans.wake(placed);
-        while let Some((parent, orphan)) = self.orphans.next_awake() {
+        while let Some((id, parent, orphan)) = self.orphans.next_awake() {
             let Some(mut cursor) = self.placed(parent, orphan.part).map(Place::cursor) else {
-                self.orphans.back_to_sleep(parent, orphan);
+                self.orphans.back_to_sleep(id, parent, orphan);
                 continue;
             };
             let group = self.groups.iter().copied().find(|group| group.part == orphan.part);

@@ -164,15 +164,14 @@ impl Orphans {
     }
 
     /// The next one that was woken, in order of arrival.
-    pub(crate) fn next_awake(&mut self) -> Option<(EngineKey, Orphan)> {
+    pub(crate) fn next_awake(&mut self) -> Option<(u64, EngineKey, Orphan)> {
         let id = self.awake.pop_first()?;
-        self.take(id)
+        let (parent, orphan) = self.take(id)?;
+        Some((id, parent, orphan))
     }
 
     /// Puts back one whose parent has no place that it may use.
-    pub(crate) fn back_to_sleep(&mut self, parent: EngineKey, orphan: Orphan) {
-        let id = self.next;
-        self.next += 1;
+    pub(crate) fn back_to_sleep(&mut self, id: u64, parent: EngineKey, orphan: Orphan) {
         self.insert(id, parent, orphan);
     }
 

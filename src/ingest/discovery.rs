@@ -77,7 +77,9 @@ pub fn parse_pod_flag(flag: &str) -> Result<PodDeclaration, String> {
 fn check_endpoint(what: &str, endpoint: &str) -> Result<Scheme, String> {
     let (scheme, host, port) = split(endpoint).map_err(|why| format!("{what} {why}"))?;
     if address::is_wildcard(host) {
-        return Err(format!("{what} {endpoint:?}: {host} is an address to bind, not to connect to"));
+        return Err(format!(
+            "{what} {endpoint:?}: {host} is an address to bind, not to connect to"
+        ));
     }
     if port == 0 {
         return Err(format!("{what} {endpoint:?}: port 0 cannot be connected to"));
@@ -144,10 +146,7 @@ mod tests {
         bad("a=tcp://:1", r#"endpoint "tcp://:1" has no host"#);
         bad("a=tcp://h:x", r#"endpoint "tcp://h:x": port "x" is not in 0..=65535"#);
         bad("a=tcp://h:0", r#"endpoint "tcp://h:0": port 0 cannot be connected to"#);
-        bad(
-            "a=tcp://*:1",
-            r#"endpoint "tcp://*:1": * is an address to bind, not to connect to"#,
-        );
+        bad("a=tcp://*:1", r#"endpoint "tcp://*:1": * is an address to bind, not to connect to"#);
         bad("a=tcp://::1:1", r#"endpoint "tcp://::1:1": an IPv6 host needs brackets"#);
         bad("a=tcp://h:1/x", r#"endpoint "tcp://h:1/x" has a path"#);
         bad("a=tcp://h:1,", r#"option "": want replay=, model= or rank="#);
@@ -156,10 +155,7 @@ mod tests {
         bad("a=tcp://h:1,rank=1,rank=1", "rank is given twice");
         bad("a=tcp://h:1,model=", "model is empty");
         bad("a=tcp://h:1,replay=h:2", r#"replay "h:2" starts with neither tcp:// nor http://"#);
-        bad(
-            "a=tcp://h:1,replay=http://h:2",
-            r#"replay "http://h:2" does not start with tcp://"#,
-        );
+        bad("a=tcp://h:1,replay=http://h:2", r#"replay "http://h:2" does not start with tcp://"#);
         bad("a=http://h:1,rank=1", "rank: an http:// engine announces it itself");
     }
 }

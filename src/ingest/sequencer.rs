@@ -39,13 +39,23 @@
 //!   Nothing can be missing, so we do not.
 //! * A sequence below the expected one is not taken for a restart at once: duplicates and late
 //!   messages are told apart by payload hash and timestamp.
+//! * llm-d asks for no proof after a reconnect, and repairs a pod only by clearing it. Here the
+//!   replay is asked for the last applied message, and a doubtful pod is healed beside the stream.
+//!
+//! # Limits
+//!
+//! An engine that restarts while nobody listens and whose numbers have passed ours when we are
+//! back looks like the same life. Replay tells; a publisher without replay cannot. When the last
+//! applied message has left the replay buffer nothing tells either, so the pod is `degraded`.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::model::{CountMode, PodState};
 
 mod action;
+mod config;
 pub mod fuzz;
+mod heal;
 mod held;
 mod replay;
 #[cfg(test)]
@@ -53,47 +63,15 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-pub use self::action::{Action, Counter, Message, Reason};
-use self::{
-    held::{Held, Window},
-    replay::{Fill, Heal, HealPlan},
+pub use self::{
+    action::{Action, Counter, Message, Reason},
+    config::{ReplayConfig, SequencerConfig},
 };
-
-/// How a replay is asked for and when it is given up.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReplayConfig {
-    /// Without progress for this long, an attempt has failed.
-    pub idle: Duration,
-    /// Attempts without any progress before the replay is given up.
-    pub attempts: u32,
-    /// After a given-up replay, gaps are not repaired for this long.
-    pub cooldown: Duration,
-    /// Live messages held while a replay runs, at most.
-    pub held_messages: usize,
-    /// Their payload bytes, at most.
-    pub held_bytes: usize,
-}
-
-impl Default for ReplayConfig {
-    fn default() -> Self {
-        Self {
-            idle: Duration::from_secs(2),
-            attempts: 3,
-            cooldown: Duration::from_secs(30),
-            held_messages: 16_384,
-            held_bytes: 128 << 20,
-        }
-    }
-}
-
-/// Settings of one publisher.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SequencerConfig {
-    /// Sequence of the first message of a life of the engine: 0, or 1.
-    pub first_sequence: u64,
-    /// Absent: the publisher has no replay socket.
-    pub replay: Option<ReplayConfig>,
-}
+use self::{
+    heal::{Heal, HealPlan},
+    held::{Held, Window},
+    replay::Fill,
+};
 
 /// The state machine of one publisher.
 ///
@@ -328,10 +306,18 @@ impl<P> Sequencer<P> {
         self.heal.as_ref().map_or((0, 0), Heal::size)
     }
 
+    /// Payload hash of a message delivered lately or held.
+    fn known_hash(&self, sequence: u64) -> Option<u64> {
+        if self.applied >= Some(sequence) {
+            self.window.hash(sequence)
+        } else {
+            self.held.hash(sequence)
+        }
+    }
+
     fn classify(&self, message: &Message<P>) -> Class {
         let sequence = message.sequence;
-        let known = self.window.hash(sequence).or_else(|| self.held.hash(sequence));
-        if let Some(hash) = known {
+        if let Some(hash) = self.known_hash(sequence) {
             return if hash == message.payload_hash { Class::Duplicate } else { Class::NewLife };
         }
         if self.applied.is_some_and(|applied| sequence <= applied) {

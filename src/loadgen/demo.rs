@@ -34,9 +34,6 @@ const TWO_RANKS: &[u8] = include_bytes!(concat!(
     "/tests/fixtures/vllm-0.33.0/basic_int_sha256.jsonl"
 ));
 
-/// Prompts shown per pod.
-const PROMPTS: usize = 3;
-
 /// How the demo is run.
 #[derive(Clone, Debug)]
 pub struct DemoOptions {
@@ -294,21 +291,16 @@ async fn print_scores(
 ) -> Result<()> {
     writeln!(
         out,
-        "  {:<24} {:>6}  {:<12} {:>4} {:>5} {:>7}",
+        "  {:<28} {:>6}  {:<12} {:>4} {:>5} {:>7}",
         "prompt", "tokens", "pod", "rank", "held", "score"
     )?;
-    let mut shown: Vec<&str> = Vec::new();
     for pod in pods {
-        if shown.contains(&pod.model.as_str()) {
-            continue;
-        }
-        shown.push(&pod.model);
         let prompts = prompts(pod.publisher.stream())?;
         let request = ScoreRequest {
             model: pod.model.clone(),
             prompts: prompts
                 .iter()
-                .map(|tokens| Prompt {
+                .map(|(_, tokens)| Prompt {
                     input: Some(Input::TokenIdsLe(
                         tokens.iter().flat_map(|token| token.to_le_bytes()).collect(),
                     )),
@@ -319,12 +311,12 @@ async fn print_scores(
             ..ScoreRequest::default()
         };
         let answer = client.score(request).await.context("Score")?.into_inner();
-        for (at, (scores, tokens)) in answer.prompts.iter().zip(&prompts).enumerate() {
+        for (scores, (age, tokens)) in answer.prompts.iter().zip(&prompts) {
             for row in &scores.pods {
                 writeln!(
                     out,
-                    "  {:<24} {:>6}  {:<12} {:>4} {:>5} {:>7.1}",
-                    format!("{} #{}", pod.model, at + 1),
+                    "  {:<28} {:>6}  {:<12} {:>4} {:>5} {:>7.1}",
+                    format!("{age} of {} rank {}", pod.name, pod.rank),
                     tokens.len(),
                     row.pod,
                     row.dp_rank.map_or_else(|| "-".to_owned(), |rank| rank.to_string()),
@@ -350,25 +342,27 @@ struct Event {
     extra_keys: Vec<Option<IgnoredAny>>,
 }
 
-/// The last different prompts of a stream that began a prefix, without adapter and salt.
-fn prompts(stream: &RankStream) -> Result<Vec<Vec<u32>>> {
+/// Prompts that began a prefix in the stream, without adapter and salt: the first one, one from the
+/// middle and the last one, which eviction should have treated differently.
+fn prompts(stream: &RankStream) -> Result<Vec<(&'static str, Vec<u32>)>> {
     let mut prompts: Vec<Vec<u32>> = Vec::new();
-    for batch in stream.batches.iter().rev() {
+    for batch in &stream.batches {
         let (_, events, _): (f64, Vec<Event>, IgnoredAny) =
             rmp_serde::from_slice(&batch.payload)
                 .with_context(|| format!("recorded batch {}", batch.sequence))?;
-        for event in events.into_iter().rev() {
+        for event in events {
             let plain = event.lora_name.is_none() && event.extra_keys.iter().all(Option::is_none);
             let root = event.parent_block_hash.is_none() && !event.token_ids.is_empty();
             if plain && root && !prompts.contains(&event.token_ids) {
                 prompts.push(event.token_ids);
             }
-            if prompts.len() == PROMPTS {
-                return Ok(prompts);
-            }
         }
     }
-    Ok(prompts)
+    let middle = prompts.len() / 2;
+    let last = prompts.len().saturating_sub(1);
+    let wanted = [("first", 0), ("middle", middle), ("last", last)];
+    let found = wanted.iter().filter_map(|&(age, at)| Some((age, prompts.get(at)?.clone())));
+    Ok(found.collect())
 }
 
 #[cfg(test)]
@@ -391,8 +385,8 @@ mod tests {
         assert_eq!(pods.len(), 3);
         for pod in &pods {
             let prompts = prompts(pod.publisher.stream()).unwrap();
-            assert_eq!(prompts.len(), PROMPTS, "{} rank {}", pod.name, pod.rank);
-            assert!(prompts.iter().all(|tokens| tokens.len() >= 16));
+            assert_eq!(prompts.len(), 3, "{} rank {}", pod.name, pod.rank);
+            assert!(prompts.iter().all(|(_, tokens)| tokens.len() >= 16));
         }
     }
 }

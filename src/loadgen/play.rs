@@ -166,13 +166,13 @@ fn jobs(options: &PlayOptions) -> Result<Vec<Job>> {
         None => Some(shift_port(&options.publish, u32::from(REPLAY_PORT_OFFSET))?),
     };
     let mut jobs = Vec::new();
-    let mut first_port = 0;
+    let mut first_port = 0_u32;
     for file in &options.files {
         let recording = Recording::open(file)?;
         let mut ports = 0;
         for stream in recording.ranks {
-            let offset = first_port + stream.rank;
-            ports = ports.max(stream.rank + 1);
+            let offset = first_port.saturating_add(stream.rank);
+            ports = ports.max(stream.rank.saturating_add(1));
             jobs.push(Job {
                 file: file.clone(),
                 publish: shift_port(&options.publish, offset)?,
@@ -185,7 +185,7 @@ fn jobs(options: &PlayOptions) -> Result<Vec<Job>> {
                 stream,
             });
         }
-        first_port += ports;
+        first_port = first_port.saturating_add(ports);
     }
     Ok(jobs)
 }
@@ -305,7 +305,7 @@ fn shift_port(endpoint: &str, by: u32) -> Result<String> {
         return Ok(format!("tcp://{host}:*"));
     }
     let base: u16 = port.parse().with_context(|| format!("port of {endpoint:?}"))?;
-    let port = u16::try_from(u32::from(base) + by)
+    let port = u16::try_from(u32::from(base).saturating_add(by))
         .with_context(|| format!("{endpoint:?} plus {by} is no port"))?;
     Ok(format!("tcp://{host}:{port}"))
 }

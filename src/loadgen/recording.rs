@@ -50,7 +50,7 @@ pub struct Batch {
 #[non_exhaustive]
 pub enum RecordingError {
     /// The file cannot be opened or read.
-    #[error("{}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
@@ -208,7 +208,7 @@ mod tests {
         let error = read(br#"{"rank":0,"topic":"","seq":0,"payload_b64":"*"}"#).unwrap_err();
         assert!(error.starts_with("x.jsonl:1: payload_b64: "), "{error}");
         let error = Recording::open(Path::new("/nonexistent/x.jsonl")).unwrap_err().to_string();
-        assert!(error.starts_with("/nonexistent/x.jsonl: "), "{error}");
+        assert_eq!(error, "cannot read /nonexistent/x.jsonl");
         let mut cut = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
         cut.write_all(LINES.as_bytes()).unwrap();
         let cut = cut.finish().unwrap();

@@ -77,7 +77,7 @@ impl Default for PublisherOptions {
 #[non_exhaustive]
 pub enum PublishError {
     /// The endpoint cannot be bound.
-    #[error("cannot bind {endpoint}: {source}")]
+    #[error("cannot bind {endpoint}")]
     Bind {
         /// As asked for.
         endpoint: String,
@@ -85,10 +85,10 @@ pub enum PublishError {
         source: zmq::Error,
     },
     /// A socket operation failed.
-    #[error("ZeroMQ: {0}")]
+    #[error("a ZeroMQ socket failed")]
     Zmq(#[from] zmq::Error),
     /// The replay thread cannot be started.
-    #[error("cannot start the replay thread: {0}")]
+    #[error("cannot start the replay thread")]
     Thread(#[from] std::io::Error),
 }
 

@@ -9,6 +9,7 @@
 
 mod config;
 mod differential;
+mod discovery;
 mod replay_tool;
 mod service;
 mod streams;

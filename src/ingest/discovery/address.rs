@@ -36,9 +36,8 @@ pub(super) fn split(endpoint: &str) -> Result<(Scheme, &str, u16), String> {
     if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
         return Err(format!("{endpoint:?}: an IPv6 host needs brackets"));
     }
-    let port = port
-        .parse()
-        .map_err(|_| format!("{endpoint:?}: port {port:?} is not in 0..=65535"))?;
+    let port =
+        port.parse().map_err(|_| format!("{endpoint:?}: port {port:?} is not in 0..=65535"))?;
     Ok((scheme, host, port))
 }
 

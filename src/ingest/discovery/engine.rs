@@ -201,7 +201,9 @@ fn sglang(info: &Value, host: &str) -> anyhow::Result<Engine> {
     // The publisher's default is `null`; the block is absent then.
     let endpoint = match (text(block, "endpoint_host"), number(block, "endpoint_port_base")) {
         (Some(host), Some(port)) if publishes(block, "zmq") => format!("tcp://{host}:{port}"),
-        _ if publishes(&flag, "null") => text(&flag, "endpoint").unwrap_or("tcp://*:5557").to_owned(),
+        _ if publishes(&flag, "null") => {
+            text(&flag, "endpoint").unwrap_or("tcp://*:5557").to_owned()
+        }
         _ => return Ok(engine),
     };
     ensure!(

@@ -49,7 +49,9 @@ impl<'a> Server<'a> {
         match status {
             StatusCode::OK => {}
             // What frameworks say about a path that they do not serve.
-            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => {
+            StatusCode::NOT_FOUND
+            | StatusCode::METHOD_NOT_ALLOWED
+            | StatusCode::NOT_IMPLEMENTED => {
                 return Ok(None);
             }
             other => bail!("{}: status {other}", self.asking(path)),

@@ -232,6 +232,12 @@ mod tests {
         let json = r#"[{"id": "b", "endpoint": "http://b:8000"}]"#;
         assert_eq!(parse(json).unwrap(), pods[1..]);
         assert_eq!(parse("[]").unwrap(), []);
+        // Unquoted, they look like numbers.
+        let plain = parse("- {id: 7, endpoint: 'tcp://a:1', engineVersion: 0.30}").unwrap();
+        assert_eq!(
+            (plain[0].pod.as_str(), plain[0].engine_version.as_deref()),
+            ("7", Some("0.30"))
+        );
     }
 
     #[test]

@@ -1,5 +1,4 @@
-//! The sequencer's replays: fills, which supply what comes next, and heals, which re-read the whole
-//! history beside the live stream.
+//! The sequencer's replays: what they have in common, and fills, which supply what comes next.
 //!
 //! Requests are sent again from the first missing sequence whenever one ends, fails or falls silent
 //! short of its goal. Progress resets the attempt counter, so a slow replay is waited for and a
@@ -7,13 +6,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Action, Counter, Loss, Message, Reason, ReplayConfig, Sequencer};
+use super::{Action, Counter, Loss, Message, Reason, Sequencer};
 use crate::model::PodState;
 
-/// Longest pause between two heals.
-const MAX_BACKOFF: Duration = Duration::from_secs(600);
-/// Shortest: a heal reads the whole history, which the engine sends from its publishing thread.
-const MIN_BACKOFF: Duration = Duration::from_secs(1);
 /// Bound of every wait, so that no configured duration overflows the clock.
 const MAX_WAIT: Duration = Duration::from_secs(365 * 86_400);
 
@@ -21,17 +16,17 @@ const MAX_WAIT: Duration = Duration::from_secs(365 * 86_400);
 #[derive(Debug)]
 pub(super) struct Attempt {
     /// Requests since the last progress.
-    tries: u32,
+    pub(super) tries: u32,
     /// The current request was answered with at least one message.
-    answered: bool,
+    pub(super) answered: bool,
     /// The current request brought something new.
-    advanced: bool,
+    pub(super) advanced: bool,
     /// Without progress until then, the request has failed.
     pub(super) idle_at: Instant,
 }
 
 impl Attempt {
-    fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self { tries: 0, answered: false, advanced: false, idle_at: now }
     }
 
@@ -42,7 +37,7 @@ impl Attempt {
         self.idle_at = idle_at;
     }
 
-    fn progress(&mut self, idle_at: Instant) {
+    pub(super) fn progress(&mut self, idle_at: Instant) {
         self.tries = 0;
         self.advanced = true;
         self.idle_at = idle_at;
@@ -64,62 +59,6 @@ pub(super) struct Fill {
     pub(super) reason: Reason,
 }
 
-/// A replay of the whole history into a buffer.
-#[derive(Debug)]
-pub(super) struct Heal<P> {
-    pub(super) attempt: Attempt,
-    next: u64,
-    buffer: Vec<Message<P>>,
-    bytes: usize,
-}
-
-impl<P> Heal<P> {
-    pub(super) fn size(&self) -> (usize, usize) {
-        (self.buffer.len(), self.bytes)
-    }
-}
-
-/// When to try a heal.
-#[derive(Debug)]
-pub(super) struct HealPlan {
-    /// The next one; none while there is nothing to heal, or no hope.
-    pub(super) at: Option<Instant>,
-    first: Duration,
-    backoff: Duration,
-    allowed: bool,
-}
-
-impl HealPlan {
-    pub(super) fn new(replay: Option<&ReplayConfig>) -> Self {
-        let first = replay.map_or(MAX_BACKOFF, |replay| replay.cooldown);
-        let first = first.clamp(MIN_BACKOFF, MAX_BACKOFF);
-        Self { at: None, first, backoff: first, allowed: replay.is_some() }
-    }
-
-    pub(super) fn due(&self, now: Instant) -> bool {
-        self.at.is_some_and(|at| at <= now)
-    }
-
-    /// The history cannot become whole again in this epoch.
-    pub(super) fn hopeless(&mut self) {
-        self.at = None;
-        self.allowed = false;
-    }
-
-    /// There is nothing to heal.
-    pub(super) fn rest(&mut self) {
-        self.at = None;
-        self.backoff = self.first;
-    }
-
-    fn schedule(&mut self, now: Instant) {
-        if self.allowed && self.at.is_none() {
-            self.at = Some(now + self.backoff);
-            self.backoff = self.backoff.saturating_mul(2).min(MAX_BACKOFF);
-        }
-    }
-}
-
 impl<P> Sequencer<P> {
     /// A message of the open replay. Ignored when none is open.
     pub fn replayed(&mut self, message: Message<P>, now: Instant, out: &mut Vec<Action<P>>) {
@@ -130,8 +69,7 @@ impl<P> Sequencer<P> {
         if !self.replay_open {
             return;
         }
-        let sequence = message.sequence;
-        let known = self.window.hash(sequence).or_else(|| self.held.hash(sequence));
+        let known = self.known_hash(message.sequence);
         if known.is_some_and(|hash| hash != message.payload_hash) {
             // Whichever of the two is the older life's, what was applied is: start over. What
             // waits and is newer than the reply stays.
@@ -153,13 +91,8 @@ impl<P> Sequencer<P> {
         self.replay_open = false;
         if self.fill.is_some() {
             self.fill_end(now, out);
-        } else if let Some(heal) = &self.heal {
-            // More was published meanwhile, if it advanced.
-            if heal.attempt.advanced {
-                self.request(now, out);
-            } else {
-                self.heal_failed(now, out);
-            }
+        } else if self.heal.is_some() {
+            self.heal_stopped(now, out);
         }
         self.publish(out);
     }
@@ -178,12 +111,8 @@ impl<P> Sequencer<P> {
                 // Not at once: a refused connection would use up every attempt in a moment.
                 fill.attempt.idle_at = idle_at;
             }
-        } else if let Some(heal) = &self.heal {
-            if heal.attempt.advanced {
-                self.request(now, out);
-            } else {
-                self.heal_failed(now, out);
-            }
+        } else if self.heal.is_some() {
+            self.heal_stopped(now, out);
         }
         self.publish(out);
     }
@@ -195,8 +124,8 @@ impl<P> Sequencer<P> {
         now: Instant,
         out: &mut Vec<Action<P>>,
     ) {
-        let from_live = self.trust.0 == PodState::Live
-            || self.fill.as_ref().is_some_and(|fill| fill.from_live);
+        let from_live =
+            self.trust.0 == PodState::Live || self.fill.as_ref().is_some_and(|fill| fill.from_live);
         let at = self.expected();
         let reason = if verify.is_some() {
             Reason::Reconnected
@@ -218,7 +147,7 @@ impl<P> Sequencer<P> {
     }
 
     /// Asks, or asks again, for what the replay under way is missing.
-    fn request(&mut self, now: Instant, out: &mut Vec<Action<P>>) {
+    pub(super) fn request(&mut self, now: Instant, out: &mut Vec<Action<P>>) {
         let idle_at = self.idle_at(now);
         let expected = self.expected();
         let (attempt, from) = match (&mut self.fill, &mut self.heal) {
@@ -400,104 +329,6 @@ impl<P> Sequencer<P> {
         self.plan_heal(now);
     }
 
-    pub(super) fn plan_heal(&mut self, now: Instant) {
-        if self.trust.0 != PodState::Live {
-            self.plan.schedule(now);
-        }
-    }
-
-    pub(super) fn begin_heal(&mut self, now: Instant, out: &mut Vec<Action<P>>) {
-        self.plan.at = None;
-        if self.trust.0 == PodState::Live {
-            return;
-        }
-        if self.applied.is_none() {
-            // Nothing to protect: deliver as it comes.
-            return self.begin_fill(None, now, out);
-        }
-        let attempt = Attempt::new(now);
-        self.heal = Some(Heal { attempt, next: self.first, buffer: Vec::new(), bytes: 0 });
-        self.request(now, out);
-    }
-
-    fn heal_reply(&mut self, message: Message<P>, now: Instant, out: &mut Vec<Action<P>>) {
-        let (idle_at, attempts) = (self.idle_at(now), self.attempts());
-        let limit = self.config.replay.as_ref().map_or(0, |replay| replay.held_bytes);
-        let Some(heal) = &mut self.heal else { return };
-        let first = !heal.attempt.answered;
-        heal.attempt.answered = true;
-        if message.sequence < heal.next {
-            return;
-        }
-        if message.sequence > heal.next {
-            if !first && heal.attempt.tries < attempts {
-                return self.request(now, out);
-            }
-            return self.heal_hopeless(out);
-        }
-        // Empty payloads cost memory as well.
-        heal.bytes = heal
-            .bytes
-            .saturating_add(message.payload_bytes)
-            .saturating_add(size_of::<Message<P>>());
-        if heal.bytes > limit {
-            return self.heal_hopeless(out);
-        }
-        heal.attempt.progress(idle_at);
-        heal.next = message.sequence + 1;
-        heal.buffer.push(message);
-        if self.applied.is_none_or(|applied| heal.next > applied) {
-            self.rebuild(out);
-        }
-    }
-
-    fn rebuild(&mut self, out: &mut Vec<Action<P>>) {
-        let Some(heal) = self.heal.take() else { return };
-        self.close_replay(out);
-        out.push(Action::Count(Counter::Healed));
-        out.push(Action::Rebuild);
-        self.window.clear();
-        self.applied = None;
-        self.newest = f64::NEG_INFINITY;
-        self.trusted(out);
-        for message in heal.buffer {
-            self.deliver(message, out);
-        }
-    }
-
-    pub(super) fn tick_heal(&mut self, now: Instant, out: &mut Vec<Action<P>>) {
-        let Some(heal) = &self.heal else { return };
-        if now < heal.attempt.idle_at {
-            return;
-        }
-        if heal.attempt.advanced {
-            self.request(now, out);
-        } else {
-            self.heal_failed(now, out);
-        }
-    }
-
-    fn heal_failed(&mut self, now: Instant, out: &mut Vec<Action<P>>) {
-        self.heal = None;
-        out.push(Action::Count(Counter::HealFailed));
-        self.close_replay(out);
-        self.plan_heal(now);
-    }
-
-    fn heal_hopeless(&mut self, out: &mut Vec<Action<P>>) {
-        self.heal = None;
-        out.push(Action::Count(Counter::HealFailed));
-        self.close_replay(out);
-        self.plan.hopeless();
-    }
-
-    /// Puts a heal off, for something more urgent that takes its socket over or closes it.
-    pub(super) fn abandon_heal(&mut self, now: Instant) {
-        if self.heal.take().is_some() {
-            self.plan_heal(now);
-        }
-    }
-
     /// Closes the replay socket if it is open.
     pub(super) fn close_replay(&mut self, out: &mut Vec<Action<P>>) {
         if self.replay_open {
@@ -506,11 +337,11 @@ impl<P> Sequencer<P> {
         }
     }
 
-    fn attempts(&self) -> u32 {
+    pub(super) fn attempts(&self) -> u32 {
         self.config.replay.as_ref().map_or(1, |replay| replay.attempts.max(1))
     }
 
-    fn idle_at(&self, now: Instant) -> Instant {
+    pub(super) fn idle_at(&self, now: Instant) -> Instant {
         now + self.config.replay.as_ref().map_or(Duration::ZERO, |r| r.idle.min(MAX_WAIT))
     }
 }

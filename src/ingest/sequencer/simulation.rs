@@ -79,10 +79,8 @@ impl World {
     fn new(first: u64, replay: bool, capacity: usize, held_messages: usize) -> Self {
         let replay_config =
             ReplayConfig { held_messages, held_bytes: 1 << 20, ..ReplayConfig::default() };
-        let config = SequencerConfig {
-            first_sequence: first,
-            replay: replay.then_some(replay_config),
-        };
+        let config =
+            SequencerConfig { first_sequence: first, replay: replay.then_some(replay_config) };
         Self {
             receiver: Receiver::new(&config),
             sequencer: Sequencer::new(config),
@@ -312,7 +310,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
     #[test]
     fn random_engines_are_followed(
         steps in prop::collection::vec(step(), 0..80),

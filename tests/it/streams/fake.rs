@@ -67,12 +67,13 @@ struct Index {
 }
 
 type Rows = Arc<Mutex<Vec<Row>>>;
+type Threads = Arc<Mutex<Vec<JoinHandle<()>>>>;
 
 /// A running fake; ends with drop.
 pub(crate) struct Fake {
     pub(crate) grpc: SocketAddr,
     stop: Arc<AtomicBool>,
-    server: Option<JoinHandle<()>>,
+    threads: Threads,
 }
 
 struct Service {
@@ -80,6 +81,7 @@ struct Service {
     fault: Fault,
     rows: Rows,
     stop: Arc<AtomicBool>,
+    threads: Threads,
 }
 
 impl Fake {
@@ -89,7 +91,9 @@ impl Fake {
         let grpc = listener.local_addr().unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let (rows, flag) = (Rows::default(), Arc::clone(&stop));
-        let service = Service { block_size, fault, rows, stop: Arc::clone(&stop) };
+        let threads = Threads::default();
+        let (stops, starts) = (Arc::clone(&stop), Arc::clone(&threads));
+        let service = Service { block_size, fault, rows, stop: stops, threads: starts };
         let server = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(1)
@@ -113,15 +117,18 @@ impl Fake {
                 }
             });
         });
-        Self { grpc, stop, server: Some(server) }
+        threads.lock().unwrap().push(server);
+        Self { grpc, stop, threads }
     }
 }
 
 impl Drop for Fake {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        let ended = self.server.take().unwrap().join();
-        assert!(ended.is_ok() || thread::panicking());
+        for thread in self.threads.lock().unwrap().drain(..) {
+            let ended = thread.join();
+            assert!(ended.is_ok() || thread::panicking());
+        }
     }
 }
 
@@ -135,7 +142,7 @@ impl Service {
         let (rows, stop, fault) = (Arc::clone(&self.rows), Arc::clone(&self.stop), self.fault);
         let (pod, rank) = (request.pod.clone(), request.dp_rank);
         let (endpoint, replay) = (request.endpoint.clone(), request.replay_endpoint.clone());
-        thread::spawn(move || {
+        let subscriber = thread::spawn(move || {
             let context = zmq::Context::new();
             let socket = context.socket(zmq::SUB).unwrap();
             socket.set_subscribe(b"").unwrap();
@@ -165,6 +172,7 @@ impl Service {
                 }
             }
         });
+        self.threads.lock().unwrap().push(subscriber);
     }
 
     fn score(&self, row: &mut Row, prompts: &[(Query, usize)], lora: &str) -> Vec<api::PodScore> {

@@ -164,7 +164,7 @@ impl<'a> Subject<'a> {
         // Every chain; of the big stream every whole one and a sample of their prefixes.
         let leaves = chains.leaves();
         let asked =
-            |node: &NodeId| !fixture.is_big() || leaves.contains(node) || node.is_multiple_of(11);
+            |node: &NodeId| !fixture.is_big() || leaves.contains(node) || node.is_multiple_of(37);
         let mut queries: Vec<_> = (0..chains.len())
             .filter(asked)
             .map(|node| (chains.query(node), requests.of(&chains, node)))
