@@ -58,6 +58,9 @@ pub enum ScoreError {
         /// Prompts of the request.
         prompts: usize,
     },
+    /// The caller's time ran out while it waited for an event.
+    #[error("deadline passed while waiting; timeout_ms ends a wait with an answer")]
+    WaitDeadline,
     /// The answer is larger than a message may be.
     #[error(
         "the answer has {bytes} bytes, the limit is {limit}: ask for fewer prompts, max_pods or \
@@ -113,7 +116,7 @@ impl ScoreError {
             Self::Invalid { .. } => Code::InvalidArgument,
             Self::Fingerprint { .. } | Self::NoTokenizer { .. } => Code::FailedPrecondition,
             Self::NotOnStream { .. } | Self::Unimplemented(_) => Code::Unimplemented,
-            Self::Deadline { .. } => Code::DeadlineExceeded,
+            Self::Deadline { .. } | Self::WaitDeadline => Code::DeadlineExceeded,
             Self::AnswerTooLarge { .. } | Self::TooManySpeculations { .. } => {
                 Code::ResourceExhausted
             }

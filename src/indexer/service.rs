@@ -62,7 +62,7 @@ pub struct Parts {
     pub metrics: ScoreMetrics,
     /// Text → tokens, where configured.
     pub tokenizer: Option<Arc<dyn Tokenize>>,
-    /// Ends the streaming calls, and waits, with UNAVAILABLE.
+    /// Does what [`Service::close`] does.
     pub stop: CancellationToken,
 }
 
@@ -81,7 +81,9 @@ pub(crate) struct Inner {
     speculations: Arc<Speculations>,
     metrics: ScoreMetrics,
     tokenizer: Option<Arc<dyn Tokenize>>,
+    /// Ends the streaming calls and the waits, with UNAVAILABLE.
     stop: CancellationToken,
+    /// Readers of the streaming calls.
     tasks: TaskTracker,
 }
 
@@ -91,7 +93,6 @@ impl Service {
     pub fn new(parts: Parts) -> Self {
         let Parts { fleet, tiers, config, registry, speculations, metrics, tokenizer, stop } =
             parts;
-        let tasks = TaskTracker::new();
         Self {
             inner: Arc::new(Inner {
                 fleet,
@@ -101,8 +102,9 @@ impl Service {
                 speculations,
                 metrics,
                 tokenizer,
-                stop,
-                tasks,
+                // A child: closing the services must not stop others who hold the token.
+                stop: stop.child_token(),
+                tasks: TaskTracker::new(),
             }),
         }
     }
@@ -113,8 +115,14 @@ impl Service {
         &self.inner.config
     }
 
-    /// Returns when the tasks of all streaming calls have ended; new ones must not begin.
+    /// Ends streaming calls and waits with UNAVAILABLE; other calls go on.
+    pub fn close(&self) {
+        self.inner.stop.cancel();
+    }
+
+    /// Closes, and returns when the tasks of all streaming calls have ended.
     pub async fn drained(&self) {
+        self.close();
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
     }

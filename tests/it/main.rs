@@ -11,6 +11,7 @@ mod config;
 mod differential;
 mod discovery;
 mod replay_tool;
+mod service;
 mod streams;
 mod support;
 mod wire;

@@ -95,6 +95,7 @@ struct Series {
     replays: IntCounterVec,
     orphans: IntCounterVec,
     rejected: IntCounterVec,
+    refused: IntCounterVec,
     tier_blocks: IntGaugeVec,
     keys: IntGauge,
     bytes: IntGauge,
@@ -131,6 +132,10 @@ impl Series {
                 "Blocks that had to wait for an unknown parent.",
             )?,
             rejected: counters("kv_pod_rejected_events_total", "Events skipped as unusable.")?,
+            refused: counters(
+                "kv_pod_refused_blocks_total",
+                "Blocks not stored because the index is at its cap.",
+            )?,
             tier_blocks: gauges("kv_index_blocks", "Engine blocks over all pods.", &["tier"])?,
             keys: IntGauge::new("kv_index_keys", "Distinct request keys in the index.")?,
             bytes: IntGauge::new("kv_index_bytes", "Estimated memory of the index.")?,
@@ -139,7 +144,7 @@ impl Series {
         })
     }
 
-    fn all(&self) -> [&dyn Collector; 15] {
+    fn all(&self) -> [&dyn Collector; 16] {
         [
             &self.pods,
             &self.blocks,
@@ -151,6 +156,7 @@ impl Series {
             &self.replays,
             &self.orphans,
             &self.rejected,
+            &self.refused,
             &self.tier_blocks,
             &self.keys,
             &self.bytes,
@@ -180,6 +186,7 @@ impl Series {
         self.replays.with_label_values(&labels).inc_by(status.replays);
         self.orphans.with_label_values(&labels).inc_by(status.orphans);
         self.rejected.with_label_values(&labels).inc_by(status.rejected_events);
+        self.refused.with_label_values(&labels).inc_by(status.refused_blocks);
     }
 }
 

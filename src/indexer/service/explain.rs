@@ -227,6 +227,13 @@ impl Case<'_> {
                 status.rejected_events
             ));
         }
+        if status.refused_blocks > 0 {
+            findings.push(format!(
+                "{} blocks were refused because the index is at its cap (kv_index_cap_bytes): the \
+                 score may be too low",
+                status.refused_blocks
+            ));
+        }
         findings.extend(self.about_the_missing_block(row, found));
         findings
     }
@@ -281,7 +288,7 @@ impl Case<'_> {
             found.map_or((0, 0), |found| (found.depth as usize, found.confirmed as usize));
         let total = self.keys.len();
         let expected = if depth > confirmed {
-            format!("; {} blocks after it are speculative", depth - confirmed)
+            format!("; {} blocks from there on are speculative", depth - confirmed)
         } else {
             String::new()
         };

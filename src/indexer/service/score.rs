@@ -22,22 +22,26 @@ use crate::{
         },
     },
     ingest::fleet::{Row, Table},
-    model::{PodSlot, RequestKey, TierTable},
+    model::{RequestKey, TierTable},
     proto::kvindexer as pb,
 };
 
 /// No row of an answer encodes to more than this, in bytes: a pod id of 512, 16 tiers of at most
 /// 64 characters, numbers. Smaller answers than rows × this need not be measured.
-const ROW_BYTES: usize = 4096;
+const ROW_BYTES: usize = 8192;
 
 /// Tier name of speculative entries.
 const SPECULATIVE: &str = "speculative";
 
-/// A row and how much of the prompt it holds.
-#[derive(Debug)]
+/// A row of the answer and how much of the prompt it holds.
+#[derive(Clone, Copy, Debug)]
 struct Scored<'a> {
-    row: &'a Arc<Row>,
-    found: &'a Match,
+    /// The pod as it was asked for; empty when none was.
+    pod: &'a str,
+    /// Absent: no such pod.
+    row: Option<&'a Arc<Row>>,
+    /// Absent: not even the first block.
+    found: Option<&'a Match>,
 }
 
 impl Inner {
@@ -56,7 +60,8 @@ impl Inner {
         for (done, keys) in request.prompts.iter().enumerate() {
             request.head.in_time(done, count)?;
             let scores = self.score_prompt(request, &table, keys, &mut found);
-            rows = rows.saturating_add(scores.pods.len());
+            let slots = scores.compact.as_ref().map_or(0, |compact| compact.slots.len());
+            rows = rows.saturating_add(scores.pods.len() + slots);
             response.prompts.push(scores);
             since_turn += keys.len().saturating_mul(request.head.scheme.block_size() as usize);
             if since_turn >= TURN_TOKENS {
@@ -90,58 +95,26 @@ impl Inner {
             block_size: head.scheme.block_size(),
             ..pb::PromptScores::default()
         };
-        let mut best = 0;
-        if request.pods.is_empty() {
-            let mut rows: Vec<Scored<'_>> = found
-                .iter()
-                .filter_map(|found| Some(Scored { row: table.slot(found.slot)?, found }))
-                .collect();
-            let order = |a: &Scored<'_>, b: &Scored<'_>| better(a.found, b.found);
-            keep_best(&mut rows, request.max_pods, order);
-            best = rows.iter().map(|scored| scored.found.depth).max().unwrap_or(best);
-            match head.detail {
-                pb::ScoreDetail::Compact => {
-                    scores.compact = Some(compact(rows.iter().map(|scored| {
-                        let found = scored.found;
-                        (found.slot, found.depth, found.score)
-                    })));
-                }
-                _ => {
-                    scores.pods = rows
-                        .iter()
-                        .map(|scored| pod_score(&self.tiers, scored.row, Some(scored.found), tiers))
-                        .collect();
-                }
-            }
+        let asked = !request.pods.is_empty();
+        let mut rows = if asked {
+            requested(table, &request.pods, found)
         } else {
-            let mut rows = requested(table, &request.pods, found);
-            if request.max_pods > 0 {
-                keep_best(&mut rows, request.max_pods, |(_, _, a), (_, _, b)| match (a, b) {
-                    (Some(a), Some(b)) => better(a, b),
-                    (a, b) => b.is_some().cmp(&a.is_some()),
-                });
-            }
-            best = rows.iter().filter_map(|row| Some(row.2?.depth)).max().unwrap_or(best);
-            match head.detail {
-                pb::ScoreDetail::Compact => {
-                    // An unknown pod has no slot, so a compact answer cannot name it.
-                    let all = rows.iter().filter_map(|&(_, row, found)| {
-                        let (depth, score) =
-                            found.map_or((0, 0.0), |found| (found.depth, found.score));
-                        Some((row?.slot, depth, score))
-                    });
-                    scores.compact = Some(compact(all));
-                }
-                _ => {
-                    scores.pods = rows
-                        .iter()
-                        .map(|&(pod, row, found)| match row {
-                            Some(row) => pod_score(&self.tiers, row, found, tiers),
-                            None => pb::PodScore { pod: pod.to_owned(), ..Default::default() },
-                        })
-                        .collect();
-                }
-            }
+            let held = found.iter();
+            held.map(|found| Scored { pod: "", row: table.slot(found.slot), found: Some(found) })
+                .collect()
+        };
+        if !asked || request.max_pods > 0 {
+            keep_best(&mut rows, request.max_pods);
+        }
+        let best = rows.iter().filter_map(|row| Some(row.found?.depth)).max().unwrap_or(0);
+        if head.detail == pb::ScoreDetail::Compact {
+            scores.compact = Some(compact(&rows));
+        } else {
+            let row = |scored: &Scored<'_>| match scored.row {
+                Some(row) => pod_score(&self.tiers, row, scored.found, tiers),
+                None => pb::PodScore { pod: scored.pod.to_owned(), ..pb::PodScore::default() },
+            };
+            scores.pods = rows.iter().map(row).collect();
         }
         self.metrics.prompt(keys.len(), best);
         scores
@@ -176,43 +149,49 @@ impl Inner {
     }
 }
 
-type Requested<'a> = (&'a str, Option<&'a Arc<Row>>, Option<&'a Match>);
-
 /// One entry for each row of each requested pod, in order; `found` is in slot order.
-fn requested<'a>(table: &'a Table, pods: &'a [String], found: &'a [Match]) -> Vec<Requested<'a>> {
+fn requested<'a>(table: &'a Table, pods: &'a [String], found: &'a [Match]) -> Vec<Scored<'a>> {
     let mut rows = Vec::with_capacity(pods.len());
     for pod in pods {
         let known = table.pod(pod);
         if known.is_empty() {
-            rows.push((pod.as_str(), None, None));
+            rows.push(Scored { pod, row: None, found: None });
         }
         rows.extend(known.iter().map(|row| {
             let at = found.binary_search_by_key(&row.slot, |found| found.slot).ok();
-            (pod.as_str(), Some(row), at.and_then(|at| found.get(at)))
+            Scored { pod, row: Some(row), found: at.and_then(|at| found.get(at)) }
         }));
     }
     rows
 }
 
 /// Best first: by score, then by depth, then by slot, so that equal answers have equal order.
-fn better(a: &Match, b: &Match) -> Ordering {
-    b.score.total_cmp(&a.score).then(b.depth.cmp(&a.depth)).then(a.slot.cmp(&b.slot))
+/// Rows without a match come last.
+fn better(a: &Scored<'_>, b: &Scored<'_>) -> Ordering {
+    match (a.found, b.found) {
+        (Some(a), Some(b)) => {
+            b.score.total_cmp(&a.score).then(b.depth.cmp(&a.depth)).then(a.slot.cmp(&b.slot))
+        }
+        (a, b) => b.is_some().cmp(&a.is_some()),
+    }
 }
 
-/// Sorts by `order` and keeps the first `most`; 0 keeps all.
-fn keep_best<T>(rows: &mut Vec<T>, most: usize, order: impl Fn(&T, &T) -> Ordering) {
+/// Sorts and keeps the first `most`; 0 keeps all.
+fn keep_best(rows: &mut Vec<Scored<'_>>, most: usize) {
     if most > 0 && most < rows.len() {
-        rows.select_nth_unstable_by(most, &order);
+        rows.select_nth_unstable_by(most, better);
         rows.truncate(most);
     }
-    rows.sort_by(order);
+    rows.sort_by(better);
 }
 
-fn compact(rows: impl Iterator<Item = (PodSlot, u32, f64)>) -> pb::CompactScores {
+/// Parallel arrays. An unknown pod has no slot, so it is absent.
+fn compact(rows: &[Scored<'_>]) -> pb::CompactScores {
     let mut compact = pb::CompactScores::default();
     let mut plain = true;
-    for (slot, depth, score) in rows {
-        compact.slots.push(slot.0);
+    for (row, found) in rows.iter().filter_map(|scored| Some((scored.row?, scored.found))) {
+        let (depth, score) = found.map_or((0, 0.0), |found| (found.depth, found.score));
+        compact.slots.push(row.slot.0);
         compact.depths.push(depth);
         compact.scores.push(score as f32);
         plain &= score == f64::from(depth);

@@ -58,7 +58,7 @@ impl Inner {
                 }
                 () = tokio::time::sleep_until(call.map_or(end, |call| call.min(end))) => {
                     if call.is_some_and(|call| call < end) {
-                        return Err(ScoreError::Deadline { done: 0, prompts: 0 });
+                        return Err(ScoreError::WaitDeadline);
                     }
                 }
             }
