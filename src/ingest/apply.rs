@@ -92,6 +92,7 @@ impl Applier {
         self.epoch = epoch;
         self.forget();
         self.row.new_epoch(epoch);
+        self.shared.fleet.changed();
     }
 
     /// Every block goes; the whole history follows.
