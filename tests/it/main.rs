@@ -7,6 +7,7 @@
     reason = "helpers of tests; allow-…-in-tests sees only #[test] bodies"
 )]
 
+mod architecture;
 mod config;
 mod differential;
 mod discovery;
