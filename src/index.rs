@@ -4,7 +4,7 @@
 //!
 //! A pod's events name *engine blocks* by opaque engine keys and carry their tokens. The index
 //! lays the engine blocks over *request blocks* (`block_size` tokens of the pod's
-//! [`Scheme`](crate::hash::Scheme)) by token position, and answers, for a chain of request keys,
+//! [`Scheme`]) by token position, and answers, for a chain of request keys,
 //! how many leading blocks each pod holds. ARCHITECTURE.md, "Semantics", is the contract;
 //! [`naive`] implements that page word for word and every other index is compared with it.
 //!

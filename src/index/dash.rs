@@ -8,7 +8,7 @@
 //!
 //! # Concurrency
 //!
-//! A lookup takes one shard lock per block, shared, for a few instructions. The [`View`] (which
+//! A lookup takes one shard lock per block, shared, for a few instructions. The view (which
 //! rows have more than one attention group, which are muted) changes before the events that need
 //! it are applied, so a lookup never reads a part without knowing what it asks.
 
@@ -147,7 +147,15 @@ impl DashIndex {
         slot: PodSlot,
         write: impl FnOnce(&mut Ledger, &RowHoldings<'_>) -> T,
     ) -> Option<T> {
-        let row = self.row(slot)?;
+        Some(self.write(slot, &*self.row(slot)?, write))
+    }
+
+    fn write<T>(
+        &self,
+        slot: PodSlot,
+        row: &Row,
+        write: impl FnOnce(&mut Ledger, &RowHoldings<'_>) -> T,
+    ) -> T {
         let mut ledger = lock(&row.ledger);
         let result = write(&mut ledger, &RowHoldings { index: self, slot });
         let now = ledger.bytes();
@@ -157,7 +165,7 @@ impl DashIndex {
         } else {
             self.bytes.fetch_sub(before - now, Ordering::Relaxed);
         }
-        Some(result)
+        result
     }
 
     fn total_bytes(&self) -> u64 {
@@ -250,14 +258,13 @@ impl BlockIndex for DashIndex {
             let refused = store.keys.len() as u32;
             return StoreOutcome { refused, ..StoreOutcome::default() };
         }
-        self.with(slot, |ledger, out| {
+        self.write(slot, &row, |ledger, out| {
             if ledger.learn(store.group, store.kind) {
                 let parts = Parts::new(ledger.groups());
                 self.change_view(|view| view.learn(slot, parts));
             }
             ledger.store(store, out)
         })
-        .unwrap_or_default()
     }
 
     fn remove(&self, slot: PodSlot, remove: &Remove<'_>) {

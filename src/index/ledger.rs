@@ -433,7 +433,8 @@ impl Ledger {
         let Some(group) = self.group(remove.group) else { return };
         for &key in remove.keys {
             let at = (key, group.part);
-            let Some(entry) = self.entries.get_mut(&at) else { continue };
+            let hash_map::Entry::Occupied(mut occupied) = self.entries.entry(at) else { continue };
+            let entry = occupied.get_mut();
             let Some(held) = entry.counts.iter().position(|(tier, _)| *tier == remove.tier) else {
                 continue;
             };
@@ -450,7 +451,7 @@ impl Ledger {
                 }
                 continue;
             }
-            if let Some(place) = self.entries.remove(&at).and_then(|entry| entry.place) {
+            if let Some(place) = occupied.remove().place {
                 for &key in place.whole() {
                     if self.removed.len() == REMOVED_HISTORY {
                         self.removed.pop_front();

@@ -38,7 +38,7 @@ pub struct Args {
     /// Address of the gRPC API, such as 127.0.0.1:50051; port 0 takes a free one.
     #[arg(long, value_name = "ADDRESS")]
     pub grpc_listen: Option<SocketAddr>,
-    /// Address of metrics, health and status pages; port 0 takes a free one.
+    /// Address of metrics, health and configuration; port 0 takes a free one.
     #[arg(long, value_name = "ADDRESS")]
     pub admin_listen: Option<SocketAddr>,
     /// A pod to subscribe to; may be given several times, and replaces the file's `pods`.

@@ -53,7 +53,7 @@ const HOUR_MS: u64 = 3_600_000;
 pub struct IndexerConfig {
     /// Where the gRPC API listens; port 0 takes a free one.
     pub grpc_listen: SocketAddr,
-    /// Where metrics, health and status pages are served; port 0 takes a free one.
+    /// Where metrics, health and configuration are served; port 0 takes a free one.
     pub admin_listen: SocketAddr,
     /// How a log line looks.
     pub log_format: LogFormat,

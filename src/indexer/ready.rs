@@ -51,7 +51,7 @@ impl Readiness {
         self.ready
     }
 
-    /// Pods that are still waited for, for logs and the status page.
+    /// Pods that are still waited for, for logs.
     pub fn pending(&self) -> impl Iterator<Item = &RowId> {
         self.pending.iter().map(|pending| &pending.id)
     }

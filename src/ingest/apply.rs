@@ -270,9 +270,15 @@ impl Applier {
         count("waiting", outcome.orphaned);
         count("attached", outcome.attached);
         count("dropped", outcome.orphans_dropped);
-        metrics.refused_blocks.inc_by(u64::from(outcome.refused));
-        metrics.unplaced_blocks.inc_by(u64::from(outcome.unplaced));
-        metrics.conflicting_stores.inc_by(u64::from(outcome.conflicting));
+        for (counter, blocks) in [
+            (&metrics.refused_blocks, outcome.refused),
+            (&metrics.unplaced_blocks, outcome.unplaced),
+            (&metrics.conflicting_stores, outcome.conflicting),
+        ] {
+            if blocks > 0 {
+                counter.inc_by(u64::from(blocks));
+            }
+        }
         self.conflicts += u64::from(outcome.conflicting);
         if self.conflicts >= UNCHAINED_AFTER && !self.muted && !self.trust_unchained {
             self.muted = true;

@@ -66,8 +66,16 @@ pub struct Row {
     /// Hash settings of its model.
     pub scheme: Arc<Scheme>,
     status: Mutex<RowStatus>,
+    applied: Mutex<Applied>,
+    /// Told only while somebody listens: a batch is cheaper than waking nobody.
     progress: watch::Sender<Progress>,
-    visible: Mutex<VecDeque<(u64, u64)>>,
+}
+
+#[derive(Debug)]
+struct Applied {
+    progress: Progress,
+    /// Sequences and when they became visible, the last [`VISIBLE_HISTORY`].
+    visible: VecDeque<(u64, u64)>,
 }
 
 /// How far a row's stream is applied.
@@ -112,6 +120,8 @@ pub struct RowStatus {
     pub last_applied_unix_ns: u64,
 }
 
+const START: Progress = Progress { epoch: 1, applied: None };
+
 impl RowStatus {
     /// May the score be lower than the engine's cache?
     #[must_use]
@@ -138,35 +148,52 @@ impl Row {
         change(&mut lock(&self.status));
     }
 
-    /// How far the stream is applied, and a way to wait for more.
+    /// How far the stream is applied.
+    #[must_use]
+    pub fn now(&self) -> Progress {
+        lock(&self.applied).progress
+    }
+
+    /// The same, with a way to wait for more.
     #[must_use]
     pub fn progress(&self) -> watch::Receiver<Progress> {
-        self.progress.subscribe()
+        let applied = lock(&self.applied);
+        let receiver = self.progress.subscribe();
+        self.progress
+            .send_if_modified(|told| std::mem::replace(told, applied.progress) != applied.progress);
+        receiver
     }
 
     /// Announces that everything up to `sequence` is visible since `unix_ns`.
     pub fn applied(&self, epoch: u64, sequence: u64, unix_ns: u64) {
-        {
-            let mut visible = lock(&self.visible);
-            if visible.len() == VISIBLE_HISTORY {
-                visible.pop_front();
-            }
-            visible.push_back((sequence, unix_ns));
+        let mut applied = lock(&self.applied);
+        if applied.visible.len() == VISIBLE_HISTORY {
+            applied.visible.pop_front();
         }
-        self.progress.send_replace(Progress { epoch, applied: Some(sequence) });
+        applied.visible.push_back((sequence, unix_ns));
+        self.announce(&mut applied, Progress { epoch, applied: Some(sequence) });
     }
 
     /// Announces a new life: nothing of the old one is visible any more.
     pub fn new_epoch(&self, epoch: u64) {
-        lock(&self.visible).clear();
-        self.progress.send_replace(Progress { epoch, applied: None });
+        let mut applied = lock(&self.applied);
+        applied.visible.clear();
+        self.announce(&mut applied, Progress { epoch, applied: None });
+    }
+
+    fn announce(&self, applied: &mut Applied, progress: Progress) {
+        applied.progress = progress;
+        // Under the lock, so that nobody can begin to listen in between and miss it.
+        if self.progress.receiver_count() > 0 {
+            self.progress.send_replace(progress);
+        }
     }
 
     /// When `sequence` of the current epoch became visible, nanoseconds since the Unix epoch; 0 when
     /// it is not or older than the last [`VISIBLE_HISTORY`].
     #[must_use]
     pub fn visible_since(&self, sequence: u64) -> u64 {
-        let visible = lock(&self.visible);
+        let visible = &lock(&self.applied).visible;
         if visible.front().is_none_or(|&(first, _)| sequence < first) {
             return 0;
         }
@@ -287,8 +314,8 @@ impl Fleet {
             endpoint: Arc::from(endpoint),
             scheme: Arc::clone(scheme),
             status: Mutex::default(),
-            progress: watch::Sender::new(Progress { epoch: 1, applied: None }),
-            visible: Mutex::default(),
+            applied: Mutex::new(Applied { progress: START, visible: VecDeque::new() }),
+            progress: watch::Sender::new(START),
         });
         let mut rows = self.table.load().rows.clone();
         rows.push(Arc::clone(&row));

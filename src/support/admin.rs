@@ -1,4 +1,4 @@
-//! A small HTTP/1 server for operators and probes: metrics, health, configuration, status pages.
+//! A small HTTP/1 server for operators and probes: metrics, health, configuration.
 //!
 //! # Bounds
 //!

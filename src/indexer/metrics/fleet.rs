@@ -55,7 +55,9 @@ impl FleetCollector {
         let now = unix_ns();
         for row in &table.rows {
             let usage = index.pod_usage(row.slot);
-            for (tier, &blocks) in (0_u8..).zip(&usage.blocks_by_tier) {
+            let held = (0_u8..).zip(&usage.blocks_by_tier);
+            // The ids run up to the most that a server can name; most have no name yet.
+            for (tier, &blocks) in held.filter(|&(tier, &blocks)| tier == 0 || blocks > 0) {
                 let name = self.tiers.name(TierId(tier));
                 series.tier_blocks.with_label_values(&[&*name]).add(gauge(blocks));
             }

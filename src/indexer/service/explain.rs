@@ -185,7 +185,7 @@ impl Case<'_> {
         let mut findings = Vec::new();
         let index = self.inner.fleet.index();
         let (status, usage) = (row.status(), index.pod_usage(row.slot));
-        let applied = row.progress().borrow().applied;
+        let applied = row.now().applied;
         if status.last_applied_unix_ns == 0 && applied.is_none() {
             findings.push(format!(
                 "no events yet from {}: is the engine reachable, are KV-cache events enabled \
@@ -199,7 +199,7 @@ impl Case<'_> {
         if !status.connected {
             findings.push(format!("not connected to {}", row.endpoint));
         } else if status.stale {
-            findings.push("stale: the engine shows traffic, and no events come".into());
+            findings.push("stale: the subscription is disconnected, so events are missing".into());
         }
         let why =
             if status.reason.is_empty() { String::new() } else { format!(" ({})", status.reason) };
@@ -248,7 +248,7 @@ impl Case<'_> {
         } else if *row.model != *self.head.model {
             findings.push(format!(
                 "the pod serves model {}, the request says {}: if they are the same, list one as an \
-                 alias of the other (models.aliases)",
+                 alias of the other (modelAliases)",
                 row.model,
                 echo(&self.head.model)
             ));

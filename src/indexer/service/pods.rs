@@ -36,7 +36,7 @@ impl Inner {
     /// The full status of a row.
     pub(super) fn pod_status(&self, table: &Table, row: &Arc<Row>) -> pb::PodStatus {
         let usage = self.fleet.index().pod_usage(row.slot);
-        let progress = *row.progress().borrow();
+        let progress = row.now();
         status_of(table.version, row, progress, row.status(), Some((&usage, self)))
     }
 }

@@ -105,7 +105,7 @@ fn answer_of(row: &Row, now: Progress, wanted: u64, sequence: u64) -> pb::WaitVi
     let reached = now.epoch == wanted && now.applied.is_some_and(|applied| applied >= sequence);
     let visible_unix_ns = if reached { row.visible_since(sequence) } else { 0 };
     // The history belongs to the current epoch; one that began meanwhile says nothing of ours.
-    let same = row.progress().borrow().epoch == now.epoch;
+    let same = row.now().epoch == now.epoch;
     pb::WaitVisibleResponse {
         applied_sequence: now.applied.unwrap_or_default(),
         visible_unix_ns: if same { visible_unix_ns } else { 0 },

@@ -136,7 +136,7 @@ impl Watcher {
 /// The status of a row without what changes with every batch, nor the version of the table, which
 /// changes with every registration of another row.
 fn notable(table: &Table, row: &Row) -> pb::PodStatus {
-    let progress = *row.progress().borrow();
+    let progress = row.now();
     pb::PodStatus {
         applied_sequence: None,
         seen_sequence: None,

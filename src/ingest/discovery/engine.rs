@@ -17,7 +17,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
 use super::{address::reachable, http::Server};
-use crate::ingest::fleet::PodDeclaration;
+use crate::{ingest::fleet::PodDeclaration, wire::Topic};
 
 /// Ranks per engine at most: a bound for what a broken answer can make us do.
 const MAX_RANKS: u64 = 1024;
@@ -138,11 +138,7 @@ async fn ask(server: &Server<'_>) -> anyhow::Result<Engine> {
 
 /// Is the topic `kv@pod@model`? Then the model comes from there.
 fn topic_names_model(topic: &str) -> bool {
-    let mut parts = topic.split('@');
-    parts.next().is_some()
-        && parts.next().is_some()
-        && parts.next().is_some_and(|model| !model.is_empty())
-        && parts.next().is_none()
+    Topic::parse(topic.as_bytes(), usize::MAX).is_ok_and(|topic| !topic.model.is_empty())
 }
 
 fn vllm(json: &Value, host: &str) -> anyhow::Result<Engine> {
@@ -326,8 +322,10 @@ mod tests {
 
     #[test]
     fn topics_that_name_a_model() {
-        assert!(topic_names_model("kv@10.0.0.1:8000@meta/llama"));
-        for other in ["", "kv", "kv@pod", "kv@pod@", "kv@pod@a@b"] {
+        for named in ["kv@10.0.0.1:8000@meta/llama", "kv@pod@a@b"] {
+            assert!(topic_names_model(named), "{named}");
+        }
+        for other in ["", "kv", "kv@pod", "kv@pod@"] {
             assert!(!topic_names_model(other), "{other}");
         }
     }
