@@ -1,7 +1,7 @@
 //! `cargo bench --bench ingest`: msgpack bytes → visible to lookups, on one core.
 //!
 //! Measures: decode + hash + apply of whole batches, as a lane does it; sockets excluded.
-//! Model: an engine in steady state that holds 16 384 blocks: every step stores 1 or 8 blocks of a
+//! Model: an engine in steady state that holds 16 384 blocks: every step stores 1, 8 or 32 blocks of a
 //! prompt that goes on and removes as many, one removal event per block. Map form (vLLM ≥ 0.24) and
 //! array form.
 //! Reads as: throughput in stored blocks per second (each with its removal). The target of this
@@ -25,7 +25,7 @@ fn ingest(c: &mut Criterion) {
     let mut group = c.benchmark_group("ingest/bytes_to_visible");
     group.sample_size(20);
     for (name, form) in [("map", Form::Map), ("array", Form::Array)] {
-        for blocks in [1, 8] {
+        for blocks in [1, 8, 32] {
             let steps = 4 * CACHED / blocks;
             let stream = common::steady_stream(steps, blocks, CACHED, form);
             let warm = CACHED / blocks;

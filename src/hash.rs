@@ -7,6 +7,8 @@
 mod algorithm;
 mod models;
 mod prompt;
+#[cfg(test)]
+mod tests;
 
 pub use self::{
     algorithm::{Algorithm, Scheme},

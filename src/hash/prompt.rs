@@ -66,6 +66,8 @@ impl Prompt<'_> {
                 });
             }
         }
+        // An empty item touches no block.
+        items.retain(|item| item.length > 0);
         items.sort_by_key(|item| item.offset);
         let mut key = scheme.root(self.model, self.lora);
         let mut scratch = Vec::new();

@@ -345,3 +345,102 @@ impl BlockIndex for DashIndex {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        hash::{Algorithm, Prompt, Scheme},
+        index::Extras,
+        model::{EngineKey, TierTable},
+    };
+
+    fn spec() -> PodSpec {
+        PodSpec {
+            scheme: Arc::new(Scheme::new(Algorithm::Xxh3, "", 4)),
+            model: Arc::from("m"),
+            count_mode: CountMode::Counted,
+        }
+    }
+
+    /// Stores `blocks` blocks that nobody else has; returns how many were refused.
+    fn store(index: &DashIndex, slot: PodSlot, prompt: u32, blocks: u32) -> u32 {
+        let tokens: Vec<u32> = (0..blocks * 4).map(|at| prompt * 100_000 + at).collect();
+        let keys: Vec<EngineKey> =
+            (0..blocks).map(|at| EngineKey(u64::from(prompt) << 32 | u64::from(at))).collect();
+        let outcome = index.store(
+            slot,
+            &Store {
+                keys: &keys,
+                parent: None,
+                tokens: &tokens,
+                block_size: 4,
+                lora: None,
+                extras: Extras::default(),
+                salt: None,
+                group: None,
+                kind: None,
+                tier: TierTable::GPU,
+                at: Instant::now(),
+            },
+        );
+        outcome.refused
+    }
+
+    #[test]
+    fn the_cap_refuses_the_greedy_row_first() {
+        let cap_bytes = 1 << 20;
+        let index = DashIndex::new(IndexConfig { cap_bytes, ..IndexConfig::default() });
+        let (greedy, modest) = (index.register(spec()).unwrap(), index.register(spec()).unwrap());
+        let mut prompt = 0;
+        let mut fill = |slot| {
+            for stored in 0..10_000u32 {
+                prompt += 1;
+                if store(&index, slot, prompt, 8) > 0 {
+                    return stored;
+                }
+                assert!(index.usage().bytes <= cap_bytes, "the cap holds");
+            }
+            panic!("never refused");
+        };
+        let many = fill(greedy);
+        assert!(many > 100, "{many} stores fit in a megabyte");
+        // What is left is for the row that has less than its share.
+        let few = fill(modest);
+        assert!(few > 10 && few < many / 4, "{few} against {many}");
+        assert!(index.usage().bytes > cap_bytes * 15 / 16);
+        // Room that is given back can be used again.
+        index.clear(greedy);
+        assert_eq!(store(&index, modest, prompt + 10, 8), 0);
+    }
+
+    #[test]
+    fn estimated_bytes_go_back_to_nothing() {
+        let index = DashIndex::new(IndexConfig::default());
+        let slot = index.register(spec()).unwrap();
+        for prompt in 0..50 {
+            store(&index, slot, prompt, 8);
+        }
+        assert_eq!(index.usage().keys, 400);
+        assert!(index.usage().bytes > 400 * 64);
+        index.clear(slot);
+        assert_eq!((index.usage().keys, index.usage().bytes), (0, 0));
+    }
+
+    #[test]
+    fn slots_run_out_and_come_back() {
+        let index = DashIndex::new(IndexConfig { max_pods: 2, ..IndexConfig::default() });
+        let slots = [index.register(spec()).unwrap(), index.register(spec()).unwrap()];
+        assert_eq!(index.register(spec()), None);
+        store(&index, slots[0], 1, 2);
+        index.unregister(slots[0]);
+        let tokens: Vec<u32> = (0..8).map(|at| 100_000 + at).collect();
+        let keys = Prompt { model: "m", tokens: &tokens, ..Prompt::default() }
+            .keys(&spec().scheme)
+            .unwrap();
+        assert_eq!(index.register(spec()), Some(slots[0]), "the slot is free again");
+        let mut found = Vec::new();
+        index.lookup(&keys, true, &mut found);
+        assert_eq!(found, [], "and nothing is left in it");
+    }
+}
