@@ -23,6 +23,7 @@
 //! the call, so an answer is exact for every pod to which nothing was applied meanwhile.
 
 pub mod dash;
+mod joints;
 mod ledger;
 mod lookup;
 pub mod naive;

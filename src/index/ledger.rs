@@ -9,11 +9,8 @@
 //! Each attention group of the row has a *part*, a small number. Part 0 is its first
 //! full-attention group, so that a row without hybrid attention lives in part 0 alone.
 //!
-//! # Request blocks in pieces
-//!
-//! A request block that lies inside one engine block is held while that engine block is. One that
-//! is covered by several is a [`Joint`]: it lists the prefixes that end inside it, each
-//! [`Node`] lists the engine blocks that end there, and the joint holds what their union covers.
+//! A request block that lies inside one engine block is held while that engine block is; one that
+//! several engine blocks make up is a matter of [`joints`](super::joints).
 
 use std::{
     collections::{HashMap, VecDeque, hash_map},
@@ -25,8 +22,9 @@ use smallvec::SmallVec;
 use crate::{
     index::{
         IndexConfig, PodSpec, PodUsage, Remove, Store, StoreOutcome,
+        joints::{Change, Joints},
         orphans::{Orphan, Orphans},
-        place::{Completed, Cursor, Ends, Laid, PrefixId, Tail},
+        place::{Completed, Cursor, Place, PrefixId},
         slots::KeyHash,
     },
     model::{CountMode, EngineKey, GroupKind, RequestKey, TierId, TierTable},
@@ -66,53 +64,14 @@ pub(crate) struct Group {
     pub(crate) kind: GroupKind,
 }
 
-type EntryKey = (EngineKey, Part);
+/// An engine key in a part.
+pub(crate) type EntryKey = (EngineKey, Part);
 type Counts = SmallVec<[(TierId, u32); 2]>;
 
 #[derive(Debug)]
 struct Entry {
     counts: Counts,
     place: Option<Place>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Place {
-    start: u32,
-    end: u32,
-    /// Key of the last full request block at or before `end`, or the root.
-    key: RequestKey,
-    /// Absent in the common case: the block is exactly the whole request block `key`.
-    odd: Option<Box<Odd>>,
-}
-
-/// What an engine block that is not exactly one request block covers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Odd {
-    whole: SmallVec<[RequestKey; 1]>,
-    /// The prefix with which it completes a joint.
-    head: Option<PrefixId>,
-    /// The prefix that it leaves unfinished.
-    tail: Option<PrefixId>,
-    /// What its children need to go on.
-    rest: Tail,
-    salt: Option<Box<[u8]>>,
-}
-
-/// The engine blocks that end with one prefix inside a request block, and the joints it is in.
-#[derive(Debug, Default)]
-struct Node {
-    entries: SmallVec<[(EngineKey, Part, u32); 1]>,
-    joints: SmallVec<[RequestKey; 1]>,
-}
-
-#[derive(Debug)]
-struct Joint {
-    /// First token of the request block.
-    begin: u32,
-    /// Prefixes that end in it and the offsets at which they do.
-    ends: Ends,
-    /// Facts that it has set.
-    facts: SmallVec<[(Part, u8); 1]>,
 }
 
 /// See the module's documentation.
@@ -125,8 +84,7 @@ pub(crate) struct Ledger {
     entries: HashMap<EntryKey, Entry, KeyHash>,
     /// How often a fact is set beyond the first time.
     again: HashMap<(RequestKey, Part, u8), u32, KeyHash>,
-    nodes: HashMap<PrefixId, Node, KeyHash>,
-    joints: HashMap<RequestKey, Joint, KeyHash>,
+    joints: Joints,
     orphans: Orphans,
     removed: VecDeque<(RequestKey, u64)>,
     roots: Vec<(Arc<str>, RequestKey)>,
@@ -134,58 +92,6 @@ pub(crate) struct Ledger {
     by_tier: [u64; TierTable::MAX],
     odd_bytes: u64,
     scratch: Vec<u8>,
-}
-
-impl Place {
-    fn new(start: u32, laid: Laid, cursor: &Cursor) -> Self {
-        let simple = laid.joint.is_none()
-            && laid.tail.is_none()
-            && cursor.salt.is_none()
-            && laid.whole.len() == 1;
-        let odd = (!simple).then(|| {
-            Box::new(Odd {
-                whole: laid.whole,
-                head: laid.joint.map(|joint| joint.key.0),
-                tail: laid.tail,
-                rest: cursor.tail.clone(),
-                salt: cursor.salt.clone(),
-            })
-        });
-        Self { start, end: cursor.position, key: cursor.key, odd }
-    }
-
-    fn whole(&self) -> &[RequestKey] {
-        self.odd.as_ref().map_or(std::slice::from_ref(&self.key), |odd| &odd.whole)
-    }
-
-    /// The prefixes by which it takes part in joints.
-    fn prefixes(&self) -> impl Iterator<Item = PrefixId> + use<> {
-        let odd = self.odd.as_ref();
-        let head = odd.and_then(|odd| odd.head);
-        head.into_iter().chain(odd.and_then(|odd| odd.tail))
-    }
-
-    fn cursor(&self) -> Cursor {
-        let (tail, salt) = self
-            .odd
-            .as_ref()
-            .map_or_else(Default::default, |odd| (odd.rest.clone(), odd.salt.clone()));
-        Cursor { position: self.end, key: self.key, tail, salt }
-    }
-
-    /// Equal tokens, extras and position? The prefix ids stand for them.
-    fn same(&self, other: &Self) -> bool {
-        let tail = |place: &Self| place.odd.as_ref().and_then(|odd| odd.tail);
-        (self.start, self.end, self.key, tail(self))
-            == (other.start, other.end, other.key, tail(other))
-    }
-
-    fn odd_bytes(&self) -> u64 {
-        self.odd.as_ref().map_or(0, |odd| {
-            (size_of::<Odd>() + 8 * odd.whole.len() + 4 * odd.rest.tokens.len()) as u64
-                + 48 * odd.rest.ends.len() as u64
-        })
-    }
 }
 
 impl Ledger {
@@ -203,8 +109,7 @@ impl Ledger {
             groups: SmallVec::new(),
             entries: HashMap::default(),
             again: HashMap::default(),
-            nodes: HashMap::default(),
-            joints: HashMap::default(),
+            joints: Joints::default(),
             orphans: Orphans::new(config.orphan_blocks),
             removed: VecDeque::new(),
             block_sizes: Vec::new(),
@@ -267,6 +172,15 @@ impl Ledger {
         self.full_parts().iter().find_map(|&part| self.entries.get(&(key, part))?.place.as_ref())
     }
 
+    /// The end of a held parent, if `tokens` more still have numbers.
+    fn after(&self, parent: EngineKey, part: Part, tokens: usize) -> Option<Cursor> {
+        let cursor = self.placed(parent, part)?.cursor();
+        // The request block that the last token falls into must have numbers to its end.
+        let end = u32::try_from(tokens).ok()?.checked_add(cursor.position)?;
+        end.checked_add(self.spec.scheme.block_size())?;
+        Some(cursor)
+    }
+
     fn root(&mut self, lora: &str) -> RequestKey {
         if let Some((_, root)) = self.roots.iter().find(|(name, _)| **name == *lora) {
             return *root;
@@ -294,7 +208,7 @@ impl Ledger {
         let cursor = if !dense {
             None
         } else if let Some(parent) = store.parent {
-            self.placed(parent, part).map(Place::cursor)
+            self.after(parent, part, store.tokens.len())
         } else {
             let root = self.root(store.lora.unwrap_or_default());
             Some(Cursor::root(root, store.salt))
@@ -323,7 +237,6 @@ impl Ledger {
                     }
                 }
                 self.lay_elsewhere(key, group, out);
-                self.confirm((key, part), out);
                 if !self.orphans.is_empty() {
                     placed.push(key);
                 }
@@ -339,7 +252,6 @@ impl Ledger {
                     self.lay((key, part), place, None, out);
                     placed.push(key);
                 }
-                self.confirm((key, part), out);
                 if self.is_unplaced((key, part)) {
                     outcome.unplaced += 1;
                 } else {
@@ -355,6 +267,7 @@ impl Ledger {
         if !placed.is_empty() {
             outcome.attached = self.attach(&placed, out);
         }
+        self.confirm(store.keys, part, out);
         outcome
     }
 
@@ -365,7 +278,7 @@ impl Ledger {
         let mut scratch = Vec::new();
         self.orphans.wake(placed);
         while let Some((id, parent, orphan)) = self.orphans.next_awake() {
-            let Some(mut cursor) = self.placed(parent, orphan.part).map(Place::cursor) else {
+            let Some(mut cursor) = self.after(parent, orphan.part, orphan.tokens()) else {
                 self.orphans.back_to_sleep(id, parent, orphan);
                 continue;
             };
@@ -382,10 +295,10 @@ impl Ledger {
                     if let Some(group) = group {
                         self.lay_elsewhere(key, group, out);
                     }
-                    self.confirm((key, orphan.part), out);
                     newly.push(key);
                 }
             }
+            self.confirm(&newly, orphan.part, out);
             attached += newly.len() as u32;
             self.orphans.wake(&newly);
         }
@@ -481,11 +394,10 @@ impl Ledger {
             self.lift(at, old, &counts, out);
         }
         for prefix in place.prefixes() {
-            let node = self.nodes.entry(prefix).or_default();
-            node.entries.push((at.0, at.1, place.start));
+            self.joints.enter(prefix, at, place.start);
         }
         if let Some(joint) = joint {
-            self.join(joint);
+            self.joints.join(joint);
         }
         self.odd_bytes += place.odd_bytes();
         let prefixes = place.prefixes();
@@ -499,7 +411,7 @@ impl Ledger {
             }
         }
         for prefix in prefixes {
-            self.review_node(prefix, out);
+            self.review(prefix, out);
         }
         old.is_some()
     }
@@ -534,10 +446,8 @@ impl Ledger {
             }
         }
         for prefix in place.prefixes() {
-            if let Some(node) = self.nodes.get_mut(&prefix) {
-                node.entries.retain(|(key, part, _)| (*key, *part) != at);
-            }
-            self.review_node(prefix, out);
+            self.joints.leave(prefix, at);
+            self.review(prefix, out);
         }
     }
 
@@ -559,7 +469,7 @@ impl Ledger {
             each(self, key);
         }
         for prefix in prefixes {
-            self.review_node(prefix, out);
+            self.review(prefix, out);
         }
     }
 
@@ -582,89 +492,35 @@ impl Ledger {
         out.unset(key, part, tag);
     }
 
-    fn confirm(&self, at: EntryKey, out: &impl Holdings) {
+    /// Ends the speculative marks on the request blocks that stored engine blocks end or contain.
+    fn confirm(&self, keys: &[EngineKey], part: Part, out: &impl Holdings) {
         if !out.any_marks() {
             return;
         }
-        let Some(place) = self.entries.get(&at).and_then(|entry| entry.place.as_ref()) else {
-            return;
-        };
-        for &key in place.whole() {
-            out.confirm(key);
-        }
-        if let Some(head) = place.odd.as_ref().and_then(|odd| odd.head)
-            && self.joints.get(&RequestKey(head)).is_some_and(|joint| !joint.facts.is_empty())
-        {
-            out.confirm(RequestKey(head));
-        }
-    }
-
-    /// Records that a request block is made of these prefixes.
-    fn join(&mut self, Completed { key, begin, ends }: Completed) {
-        let joint = self.joints.entry(key).or_insert_with(|| Joint {
-            begin,
-            ends: Ends::new(),
-            facts: SmallVec::new(),
-        });
-        for (prefix, end) in ends {
-            if !joint.ends.iter().any(|(known, _)| *known == prefix) {
-                joint.ends.push((prefix, end));
-                let node = self.nodes.entry(prefix).or_default();
-                if !node.joints.contains(&key) {
-                    node.joints.push(key);
-                }
+        for place in keys.iter().filter_map(|&key| self.entries.get(&(key, part))?.place.as_ref()) {
+            for &key in place.whole() {
+                out.confirm(key);
+            }
+            let head = place.odd.as_ref().and_then(|odd| odd.head).map(RequestKey);
+            if let Some(head) = head.filter(|&head| self.joints.is_held(head)) {
+                out.confirm(head);
             }
         }
     }
 
-    /// Brings the facts of every joint of a node up to date, and drops what nothing needs.
-    fn review_node(&mut self, prefix: PrefixId, out: &impl Holdings) {
-        let Some(node) = self.nodes.get(&prefix) else { return };
-        if node.joints.is_empty() {
-            if node.entries.is_empty() {
-                self.nodes.remove(&prefix);
-            }
-            return;
-        }
-        for key in node.joints.clone() {
-            self.review_joint(key, out);
-        }
-    }
-
-    fn review_joint(&mut self, key: RequestKey, out: &impl Holdings) {
-        let Some(joint) = self.joints.get(&key) else { return };
-        let mut spans: SmallVec<[(Part, TierId, u32, u32); 8]> = SmallVec::new();
-        let mut needed = false;
-        for &(prefix, end) in &joint.ends {
-            let Some(node) = self.nodes.get(&prefix) else { continue };
-            for &(engine_key, part, start) in &node.entries {
-                needed = true;
-                let counts = self.entries.get(&(engine_key, part)).map(|entry| &entry.counts);
-                let from = start.saturating_sub(joint.begin);
-                spans
-                    .extend(counts.into_iter().flatten().map(|&(tier, _)| (part, tier, from, end)));
-            }
-        }
-        let facts = covered(&mut spans, self.spec.scheme.block_size(), &self.tiers);
-        let old = joint.facts.clone();
-        for &(part, tag) in facts.iter().filter(|fact| !old.contains(fact)) {
-            self.set(key, part, tag, out);
-        }
-        for &(part, tag) in old.iter().filter(|fact| !facts.contains(fact)) {
-            self.unset(key, part, tag, out);
-        }
-        if needed {
-            if let Some(joint) = self.joints.get_mut(&key) {
-                joint.facts = facts;
-            }
-        } else if let Some(joint) = self.joints.remove(&key) {
-            for (prefix, _) in joint.ends {
-                if let Some(node) = self.nodes.get_mut(&prefix) {
-                    node.joints.retain(|known| *known != key);
-                    if node.joints.is_empty() && node.entries.is_empty() {
-                        self.nodes.remove(&prefix);
-                    }
-                }
+    /// Brings the facts of the joints that a prefix is part of up to date.
+    fn review(&mut self, prefix: PrefixId, out: &impl Holdings) {
+        let entries = &self.entries;
+        let changes = self.joints.review(
+            prefix,
+            &|at| entries.get(&at).map_or(&[][..], |entry| &entry.counts),
+            self.spec.scheme.block_size(),
+            &self.tiers,
+        );
+        for change in changes {
+            match change {
+                Change::Set(key, part, tag) => self.set(key, part, tag, out),
+                Change::Unset(key, part, tag) => self.unset(key, part, tag, out),
             }
         }
     }
@@ -678,15 +534,12 @@ impl Ledger {
                 }
             }
         }
-        for (key, joint) in &self.joints {
-            for &(part, tag) in &joint.facts {
-                out.unset(*key, part, tag);
-            }
+        for (key, part, tag) in self.joints.facts() {
+            out.unset(key, part, tag);
         }
         self.entries = HashMap::default();
         self.again = HashMap::default();
-        self.nodes = HashMap::default();
-        self.joints = HashMap::default();
+        self.joints = Joints::default();
         self.orphans.clear();
         self.by_tier = [0; TierTable::MAX];
         self.odd_bytes = 0;
@@ -703,8 +556,7 @@ impl Ledger {
     /// Estimated bytes, the shared map's part included.
     pub(crate) fn bytes(&self) -> u64 {
         let entries = self.entries.len() as u64;
-        let joints = (self.joints.len() + self.nodes.len()) as u64 * 128;
-        entries * Self::ENTRY_BYTES + self.odd_bytes + joints + self.orphans.bytes()
+        entries * Self::ENTRY_BYTES + self.odd_bytes + self.joints.bytes() + self.orphans.bytes()
     }
 
     pub(crate) fn usage(&self) -> PodUsage {
@@ -718,44 +570,4 @@ impl Ledger {
             block_sizes: self.block_sizes.clone(),
         }
     }
-}
-
-/// Which (part, tag) cover all of `0..size`: each tier on its own, or several tiers together.
-fn covered(
-    spans: &mut SmallVec<[(Part, TierId, u32, u32); 8]>,
-    size: u32,
-    tiers: &TierTable,
-) -> SmallVec<[(Part, u8); 1]> {
-    // Sorted by start, so that one pass per question finds the first hole.
-    spans.sort_unstable_by_key(|&(_, _, from, _)| from);
-    let covers = |want: &dyn Fn(Part, TierId) -> bool| {
-        let mut reach = 0;
-        for &(part, tier, from, to) in spans.iter() {
-            if want(part, tier) && from <= reach {
-                reach = reach.max(to);
-            }
-        }
-        reach >= size
-    };
-    let mut facts: SmallVec<[(Part, u8); 1]> = SmallVec::new();
-    let mut parts: SmallVec<[Part; 4]> = spans.iter().map(|span| span.0).collect();
-    parts.sort_unstable();
-    parts.dedup();
-    for part in parts {
-        let mut held: SmallVec<[TierId; 4]> =
-            spans.iter().filter(|span| span.0 == part).map(|span| span.1).collect();
-        held.sort_unstable();
-        held.dedup();
-        let whole: SmallVec<[TierId; 4]> =
-            held.iter().copied().filter(|&tier| covers(&|p, t| p == part && t == tier)).collect();
-        if whole.is_empty() && covers(&|p, _| p == part) {
-            let weights = tiers.weights();
-            let weight = |tier: &TierId| weights[usize::from(tier.0) % TierTable::MAX];
-            if let Some(lightest) = held.iter().min_by(|a, b| weight(a).total_cmp(&weight(b))) {
-                facts.push((part, MIXED + lightest.0));
-            }
-        }
-        facts.extend(whole.into_iter().map(|tier| (part, tier.0)));
-    }
-    facts
 }

@@ -3,17 +3,20 @@
 //! Every engine block remembers the whole token path that leads to it, and every question is
 //! answered token by token. Nothing here is shared with the production indexes except the hash.
 
+mod path;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
+use self::path::{OwnedExtra, Path, Place, own};
 use crate::{
     index::{
         BlockIndex, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome,
     },
-    model::{CountMode, EngineKey, ExtraKey, GroupKind, PodSlot, RequestKey, TierId},
+    model::{CountMode, EngineKey, GroupKind, PodSlot, RequestKey, TierId},
 };
 
 type Group = Option<u32>;
@@ -39,37 +42,11 @@ struct Pod {
     paths: BTreeMap<RequestKey, Arc<Path>>,
 }
 
-type Identity = (RequestKey, Vec<u32>, Vec<Vec<u8>>, Option<Vec<u8>>);
-
 /// One engine key in one attention group.
 #[derive(Debug, Default)]
 struct Entry {
     counts: BTreeMap<TierId, u32>,
     place: Option<Place>,
-}
-
-/// Where an engine block lies: tokens `start..path.tokens.len()` of its path.
-#[derive(Clone, Debug)]
-struct Place {
-    start: usize,
-    path: Arc<Path>,
-}
-
-/// A prefix, up to and including one engine block.
-#[derive(Clone, Debug, Default)]
-struct Path {
-    lora: String,
-    tokens: Vec<u32>,
-    extras: Vec<Extra>,
-    salt: Option<Vec<u8>>,
-}
-
-/// A multimodal item or digest: it taints the blocks that overlap `start..end`.
-#[derive(Clone, Debug)]
-struct Extra {
-    start: usize,
-    end: usize,
-    bytes: Vec<u8>,
 }
 
 #[derive(Clone, Debug)]
@@ -82,99 +59,6 @@ struct Orphan {
     extras: Vec<Vec<OwnedExtra>>,
     lora: Option<String>,
     at: Instant,
-}
-
-#[derive(Clone, Debug)]
-enum OwnedExtra {
-    Text(String),
-    Item(String, i64),
-    Bytes(Vec<u8>),
-}
-
-impl Path {
-    /// The path one engine block further.
-    fn extend(&self, tokens: &[u32], extras: &[OwnedExtra], lora: Option<&str>) -> Self {
-        let mut path = self.clone();
-        let start = path.tokens.len();
-        path.tokens.extend_from_slice(tokens);
-        let end = path.tokens.len();
-        // vLLM repeats the event's adapter name as the first extra of every block.
-        let extras = match extras {
-            [OwnedExtra::Text(first), rest @ ..] if Some(first.as_str()) == lora => rest,
-            all => all,
-        };
-        // The salt is the last bare string of block 0.
-        let salt = (start == 0)
-            .then(|| extras.iter().rposition(|extra| matches!(extra, OwnedExtra::Text(_))))
-            .flatten();
-        for (at, extra) in extras.iter().enumerate() {
-            let (bytes, from) = match extra {
-                OwnedExtra::Text(text) if Some(at) == salt => {
-                    path.salt = Some(text.clone().into_bytes());
-                    continue;
-                }
-                OwnedExtra::Text(text) => (text.clone().into_bytes(), 0),
-                OwnedExtra::Item(id, offset) => {
-                    (id.clone().into_bytes(), (*offset).max(0) as usize)
-                }
-                OwnedExtra::Bytes(bytes) => (bytes.clone(), 0),
-            };
-            if start + from < end {
-                path.extras.push(Extra { start: start + from, end, bytes });
-            }
-        }
-        path
-    }
-
-    fn keys(&self, spec: &PodSpec) -> Vec<RequestKey> {
-        let size = spec.scheme.block_size() as usize;
-        let mut key = spec.scheme.root(&spec.model, &self.lora);
-        let mut keys = Vec::new();
-        for (block, tokens) in self.tokens.chunks_exact(size).enumerate() {
-            let (from, to) = (block * size, (block + 1) * size);
-            let mut extras: Vec<&[u8]> = Vec::new();
-            for extra in &self.extras {
-                if extra.start < to && extra.end > from && !extras.contains(&&*extra.bytes) {
-                    extras.push(&extra.bytes);
-                }
-            }
-            if let (0, Some(salt)) = (block, &self.salt) {
-                extras.push(salt);
-            }
-            key = spec.scheme.next(key, tokens, &extras, &mut Vec::new());
-            keys.push(key);
-        }
-        keys
-    }
-
-    /// What makes the first `end` tokens of two paths the same prefix: the key of the last full
-    /// request block, and the tokens and extras after it.
-    fn identity(&self, end: usize, spec: &PodSpec) -> Identity {
-        let size = spec.scheme.block_size() as usize;
-        let from = end / size * size;
-        let root = || spec.scheme.root(&spec.model, &self.lora);
-        let key = (end / size).checked_sub(1).map_or_else(root, |last| self.keys(spec)[last]);
-        let mut extras: Vec<Vec<u8>> = Vec::new();
-        for extra in &self.extras {
-            if extra.start < end && extra.end > from && !extras.contains(&extra.bytes) {
-                extras.push(extra.bytes.clone());
-            }
-        }
-        let salt = self.salt.clone().filter(|_| from == 0 && end > 0);
-        (key, self.tokens[from..end].to_vec(), extras, salt)
-    }
-}
-
-impl Place {
-    fn end(&self) -> usize {
-        self.path.tokens.len()
-    }
-
-    fn same(&self, other: &Self, spec: &PodSpec) -> bool {
-        self.start == other.start
-            && self.end() == other.end()
-            && self.path.identity(self.end(), spec) == other.path.identity(other.end(), spec)
-    }
 }
 
 impl Entry {
@@ -253,7 +137,7 @@ impl Pod {
                     if old.is_some_and(|old| !old.same(&place, &self.spec)) {
                         outcome.conflicting += 1;
                     }
-                    touched.push(*key);
+                    touched.push((*key, store.group));
                 }
             } else if let Some(parent) = store.parent {
                 let waiting: usize = self.orphans.iter().map(|orphan| orphan.keys.len()).sum();
@@ -281,7 +165,7 @@ impl Pod {
                 && place.is_some()
             {
                 entry.place = place;
-                touched.push(*key);
+                touched.push((*key, store.group));
             }
         }
         for key in store.keys {
@@ -304,7 +188,7 @@ impl Pod {
                 if entry.is_some_and(|entry| entry.place.is_none()) {
                     self.lay(*key, orphan.group, Place { start, path: Arc::new(path.clone()) });
                     outcome.attached += 1;
-                    touched.push(*key);
+                    touched.push((*key, orphan.group));
                 }
             }
         }
@@ -332,11 +216,10 @@ impl Pod {
     }
 
     /// Ends the speculative marks on the request blocks that these engine blocks end or contain.
-    fn confirm(&mut self, keys: &[EngineKey]) {
+    fn confirm(&mut self, stored: &[(EngineKey, Group)]) {
         let size = self.spec.scheme.block_size() as usize;
         let mut confirmed = Vec::new();
-        for ((key, _), entry) in &self.entries {
-            let Some(place) = entry.place.as_ref().filter(|_| keys.contains(key)) else { continue };
+        for place in stored.iter().filter_map(|at| self.entries.get(at)?.place.as_ref()) {
             confirmed.extend(place.path.keys(&self.spec).into_iter().skip(place.start / size));
         }
         for key in confirmed {
@@ -477,15 +360,6 @@ impl Pod {
             speculative: keys.iter().take_while(|key| marked(key)).count() as u32,
         })
     }
-}
-
-fn own(extras: &[ExtraKey<'_>]) -> Vec<OwnedExtra> {
-    let own = |extra: &ExtraKey<'_>| match *extra {
-        ExtraKey::Text(text) => OwnedExtra::Text(text.to_owned()),
-        ExtraKey::Item { id, offset } => OwnedExtra::Item(id.to_owned(), offset),
-        ExtraKey::Bytes(bytes) => OwnedExtra::Bytes(bytes.to_vec()),
-    };
-    extras.iter().map(own).collect()
 }
 
 impl NaiveIndex {

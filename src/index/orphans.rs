@@ -69,6 +69,11 @@ impl Orphan {
         }
     }
 
+    /// Tokens in all.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
     /// Moves the cursor over block `at`.
     pub(crate) fn advance(
         &self,

@@ -183,3 +183,79 @@ impl Cursor {
         xxh3::xxh3_64_with_seed(&input, self.key.0)
     }
 }
+
+/// Where an engine block lies, and what it covers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) start: u32,
+    pub(crate) end: u32,
+    /// Key of the last full request block at or before `end`, or the root.
+    pub(crate) key: RequestKey,
+    /// Absent in the common case: the block is exactly the whole request block `key`.
+    pub(crate) odd: Option<Box<Odd>>,
+}
+
+/// What an engine block that is not exactly one request block covers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Odd {
+    pub(crate) whole: SmallVec<[RequestKey; 1]>,
+    /// The prefix with which it completes a joint.
+    pub(crate) head: Option<PrefixId>,
+    /// The prefix that it leaves unfinished.
+    pub(crate) tail: Option<PrefixId>,
+    /// What its children need to go on.
+    pub(crate) rest: Tail,
+    pub(crate) salt: Option<Box<[u8]>>,
+}
+
+impl Place {
+    pub(crate) fn new(start: u32, laid: Laid, cursor: &Cursor) -> Self {
+        let simple = laid.joint.is_none()
+            && laid.tail.is_none()
+            && cursor.salt.is_none()
+            && laid.whole.len() == 1;
+        let odd = (!simple).then(|| {
+            Box::new(Odd {
+                whole: laid.whole,
+                head: laid.joint.map(|joint| joint.key.0),
+                tail: laid.tail,
+                rest: cursor.tail.clone(),
+                salt: cursor.salt.clone(),
+            })
+        });
+        Self { start, end: cursor.position, key: cursor.key, odd }
+    }
+
+    pub(crate) fn whole(&self) -> &[RequestKey] {
+        self.odd.as_ref().map_or(std::slice::from_ref(&self.key), |odd| &odd.whole)
+    }
+
+    /// The prefixes by which it takes part in joints.
+    pub(crate) fn prefixes(&self) -> impl Iterator<Item = PrefixId> + use<> {
+        let odd = self.odd.as_ref();
+        let head = odd.and_then(|odd| odd.head);
+        head.into_iter().chain(odd.and_then(|odd| odd.tail))
+    }
+
+    pub(crate) fn cursor(&self) -> Cursor {
+        let (tail, salt) = self
+            .odd
+            .as_ref()
+            .map_or_else(Default::default, |odd| (odd.rest.clone(), odd.salt.clone()));
+        Cursor { position: self.end, key: self.key, tail, salt }
+    }
+
+    /// Equal tokens, extras and position? The prefix ids stand for them.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        let tail = |place: &Self| place.odd.as_ref().and_then(|odd| odd.tail);
+        (self.start, self.end, self.key, tail(self))
+            == (other.start, other.end, other.key, tail(other))
+    }
+
+    pub(crate) fn odd_bytes(&self) -> u64 {
+        self.odd.as_ref().map_or(0, |odd| {
+            (size_of::<Odd>() + 8 * odd.whole.len() + 4 * odd.rest.tokens.len()) as u64
+                + 48 * odd.rest.ends.len() as u64
+        })
+    }
+}
