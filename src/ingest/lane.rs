@@ -107,7 +107,7 @@ impl Pipe {
                     }
                 }
                 Item::Reset { epoch } => applier.reset(epoch),
-                Item::Rebuild => applier.forget(),
+                Item::Rebuild => applier.rebuild(),
                 Item::CountMode(mode) => applier.count_mode(mode),
                 Item::State(state, reason) => applier.state(state, reason),
             }

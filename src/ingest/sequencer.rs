@@ -188,6 +188,35 @@ impl<P> Sequencer<P> {
         self.publish(out);
     }
 
+    /// A message of the live stream that the caller had no room for: known to be missing, and asked
+    /// for where there is a replay.
+    pub fn lost(&mut self, sequence: u64, now: Instant, out: &mut Vec<Action<P>>) {
+        // An old number tells nothing without its payload; the messages after it will.
+        if sequence < self.expected() || sequence == u64::MAX {
+            return;
+        }
+        self.joined = true;
+        self.seen = self.seen.max(Some(sequence));
+        let cooling = self.cooldown_until.is_some_and(|until| now < until);
+        if let Some(fill) = &mut self.fill {
+            fill.bounded = true;
+        } else if self.config.replay.is_some() && !cooling {
+            out.push(Action::Count(Counter::Gap));
+            self.abandon_heal(now);
+            self.begin_fill(None, now, out);
+            if let Some(fill) = &mut self.fill {
+                fill.bounded = true;
+            }
+        } else if self.trust.0 == PodState::Degraded {
+            // Said already; a flood must not say it again and again.
+            self.loss_ends = self.expected();
+        } else {
+            self.lost_tail(if cooling { Loss::Silent } else { Loss::NoReplay }, out);
+            self.plan_heal(now);
+        }
+        self.publish(out);
+    }
+
     /// The connection of the live stream is gone.
     pub fn disconnected(&mut self, _now: Instant, out: &mut Vec<Action<P>>) {
         if !self.stale {

@@ -9,7 +9,7 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -21,9 +21,10 @@ use std::{
 
 use crate::{
     ingest::{
+        IngestConfig,
         fleet::{PodDeclaration, lock},
         frame::{self, Frame},
-        publisher::{Context, Publisher},
+        publisher::{Context, Publisher, most_frame_bytes},
     },
     wire::{DecodeError, Frames, Topic, header},
 };
@@ -34,6 +35,13 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const ROUND: usize = 64;
 /// Commands that wait at most.
 const COMMANDS: usize = 4096;
+/// Publishers per ZeroMQ context. Each may have four sockets, its monitor's ends included, and
+/// libzmq allows 1 023 to a context.
+const CROWD: usize = 200;
+/// ZMTP's longest time to live, milliseconds.
+const MOST_TTL_MS: i32 = 6_553_500;
+/// How long a handshake may take at most, milliseconds; libzmq's default.
+const MOST_HANDSHAKE_MS: i32 = 30_000;
 
 /// What a thread is told.
 pub(crate) enum Command {
@@ -43,6 +51,11 @@ pub(crate) enum Command {
     Remove(String, Option<u32>, SyncSender<bool>),
     /// Serve engines that connect to us.
     Bind(String, SyncSender<Result<String, String>>),
+    /// Engines of this pod and rank may connect to us. Heard when what was there of it is gone.
+    Expect(Arc<PodDeclaration>, SyncSender<bool>),
+    /// End what came to the bound socket under this pod and rank, and expect it no more; heard when
+    /// every trace is gone.
+    Dismiss(String, Option<u32>, SyncSender<bool>),
 }
 
 /// A running thread.
@@ -66,11 +79,11 @@ impl Subscriber {
     ///
     /// When a socket or the thread cannot be made.
     pub(crate) fn start(context: &Arc<Context>, number: usize) -> anyhow::Result<Self> {
-        let endpoint = format!("inproc://subscriber-{number}");
-        let asleep = context.zmq.socket(zmq::PAIR)?;
-        asleep.bind(&endpoint)?;
-        let wake = context.zmq.socket(zmq::PAIR)?;
-        wake.connect(&endpoint)?;
+        let zmq = Arc::new(zmq::Context::new());
+        let asleep = zmq.socket(zmq::PAIR)?;
+        asleep.bind("inproc://subscriber")?;
+        let wake = zmq.socket(zmq::PAIR)?;
+        wake.connect("inproc://subscriber")?;
         let (commands, inbox) = sync_channel(COMMANDS);
         let stop = Arc::new(AtomicBool::new(false));
         let mut worker = Worker {
@@ -79,7 +92,7 @@ impl Subscriber {
             inbox,
             stop: Arc::clone(&stop),
             sources: Vec::new(),
-            number,
+            contexts: vec![zmq],
             opened: 0,
         };
         let thread = std::thread::Builder::new()
@@ -121,7 +134,8 @@ struct Worker {
     inbox: Receiver<Command>,
     stop: Arc<AtomicBool>,
     sources: Vec<Source>,
-    number: usize,
+    /// A new one when the others are [crowded](CROWD).
+    contexts: Vec<Arc<zmq::Context>>,
     /// Sources opened so far: names their monitors.
     opened: usize,
 }
@@ -129,29 +143,57 @@ struct Worker {
 /// One SUB socket and the publishers behind it.
 struct Source {
     sub: zmq::Socket,
-    monitor: Option<zmq::Socket>,
     kind: Kind,
+}
+
+/// What is known of the connection to one engine.
+struct Line {
+    monitor: zmq::Socket,
+    /// Where the monitor's other end goes when the source is closed.
+    unheard: String,
+    up: bool,
     connected_before: bool,
+    /// libzmq lost the connection and has not said yet that it tries again. After a breach of the
+    /// protocol, such as a frame over the limit, or another server at that port, it never does.
+    lost: Option<Instant>,
+    /// How long it is given for that; doubles while the connection is not made again.
+    patience: Duration,
 }
 
 enum Kind {
     /// We connect to one engine; its first rank is the lead, which has the replay socket.
     Connect {
         declaration: Arc<PodDeclaration>,
+        line: Line,
         lead: Box<Publisher>,
         others: HashMap<u32, Publisher>,
     },
     /// Engines connect to us.
-    Bind { publishers: HashMap<(String, Option<u32>), Publisher> },
+    Bind { expected: HashMap<Key, Arc<PodDeclaration>>, publishers: HashMap<Key, Publisher> },
 }
 
+type Key = (String, Option<u32>);
+
 impl Source {
+    /// Closes the sockets and hands over what they served. A source must not just be dropped:
+    /// libzmq's own thread reports to the monitor, and waits for ever, and with it everything else
+    /// that it serves, if the other end is closed before the socket is gone, which happens later.
+    fn close(self) -> Kind {
+        if let Kind::Connect { line, .. } = &self.kind {
+            // A monitor of no events in the place of the old one.
+            if let Err(error) = self.sub.monitor(&line.unheard, 0) {
+                tracing::error!(%error, "Cannot end the monitor of a subscription.");
+            }
+        }
+        self.kind
+    }
+
     fn publishers(&mut self) -> Vec<&mut Publisher> {
         match &mut self.kind {
             Kind::Connect { lead, others, .. } => {
                 std::iter::once(&mut **lead).chain(others.values_mut()).collect()
             }
-            Kind::Bind { publishers } => publishers.values_mut().collect(),
+            Kind::Bind { publishers, .. } => publishers.values_mut().collect(),
         }
     }
 }
@@ -165,7 +207,9 @@ impl Worker {
             }
         }
         // Rows stay: what is queued is still applied, and the last snapshot is served until exit.
-        self.sources.clear();
+        for source in self.sources.drain(..) {
+            drop(source.close());
+        }
     }
 
     fn round(&mut self) -> zmq::Result<()> {
@@ -178,9 +222,7 @@ impl Worker {
         for at in 0..self.sources.len() {
             // Sources added by a command just now are read in the next round.
             let Some(&(sub, monitor, dealer)) = ready.get(at) else { break };
-            if monitor {
-                self.watch(at, now);
-            }
+            self.watch(at, monitor, now);
             if sub {
                 self.receive(at, now);
             }
@@ -206,15 +248,15 @@ impl Worker {
         let mut dealers = Vec::with_capacity(self.sources.len());
         for source in &self.sources {
             items.push(source.sub.as_poll_item(zmq::POLLIN));
-            if let Some(monitor) = &source.monitor {
-                items.push(monitor.as_poll_item(zmq::POLLIN));
+            if let Kind::Connect { line, .. } = &source.kind {
+                items.push(line.monitor.as_poll_item(zmq::POLLIN));
             }
             let before = items.len();
             let publishers: Vec<&Publisher> = match &source.kind {
                 Kind::Connect { lead, others, .. } => {
                     std::iter::once(&**lead).chain(others.values()).collect()
                 }
-                Kind::Bind { publishers } => publishers.values().collect(),
+                Kind::Bind { publishers, .. } => publishers.values().collect(),
             };
             for publisher in publishers {
                 if let Some(dealer) = publisher.dealer() {
@@ -239,7 +281,7 @@ impl Worker {
             .zip(dealers)
             .map(|(source, dealers)| {
                 let sub = next();
-                let monitor = source.monitor.is_some() && next();
+                let monitor = matches!(source.kind, Kind::Connect { .. }) && next();
                 let dealer = (0..dealers).fold(false, |any, _| next() | any);
                 (sub, monitor, dealer)
             })
@@ -270,9 +312,9 @@ impl Worker {
                     }
                     Kind::Bind { .. } => false,
                 });
-                let found = at.map(|at| self.sources.swap_remove(at));
+                let found = at.map(|at| self.sources.swap_remove(at).close());
                 let any = found.is_some();
-                if let Some(Source { kind: Kind::Connect { lead, others, .. }, .. }) = found {
+                if let Some(Kind::Connect { lead, others, .. }) = found {
                     lead.remove();
                     others.into_values().for_each(Publisher::remove);
                 }
@@ -282,16 +324,58 @@ impl Worker {
                 let bound = self.bind(&endpoint).map_err(|error| error.to_string());
                 heard.try_send(bound).unwrap_or_default();
             }
+            Command::Expect(declaration, heard) => {
+                let key = (declaration.pod.clone(), declaration.rank);
+                self.dismiss(&key);
+                let bound = self.bound();
+                let added = bound.map(|(expected, _)| expected.insert(key, declaration)).is_some();
+                heard.try_send(added).unwrap_or_default();
+            }
+            Command::Dismiss(pod, rank, heard) => {
+                let any = self.dismiss(&(pod, rank));
+                heard.try_send(any).unwrap_or_default();
+            }
         }
     }
 
-    fn socket(&self) -> zmq::Result<zmq::Socket> {
+    fn bound(
+        &mut self,
+    ) -> Option<(&mut HashMap<Key, Arc<PodDeclaration>>, &mut HashMap<Key, Publisher>)> {
+        self.sources.iter_mut().find_map(|source| match &mut source.kind {
+            Kind::Bind { expected, publishers } => Some((expected, publishers)),
+            Kind::Connect { .. } => None,
+        })
+    }
+
+    fn dismiss(&mut self, key: &Key) -> bool {
+        let Some((expected, publishers)) = self.bound() else { return false };
+        let was_expected = expected.remove(key).is_some();
+        let (pod, rank) = key;
+        let ends = |of: &Key| of.0 == *pod && (rank.is_none() || of.1 == *rank);
+        let gone: Vec<Publisher> =
+            publishers.extract_if(|of, _| ends(of)).map(|(_, publisher)| publisher).collect();
+        let any = was_expected || !gone.is_empty();
+        gone.into_iter().for_each(Publisher::remove);
+        any
+    }
+
+    /// A context with room for one more publisher.
+    fn room(&mut self) -> Arc<zmq::Context> {
+        if let Some(roomy) = self.contexts.iter().find(|c| Arc::strong_count(c) <= CROWD) {
+            return Arc::clone(roomy);
+        }
+        let new = Arc::new(zmq::Context::new());
+        self.contexts.push(Arc::clone(&new));
+        new
+    }
+
+    fn socket(&self, zmq: &zmq::Context) -> zmq::Result<zmq::Socket> {
         let config = &self.context.config;
         let millis = |duration: Duration| i32::try_from(duration.as_millis()).unwrap_or(i32::MAX);
-        let sub = self.context.zmq.socket(zmq::SUB)?;
+        let sub = zmq.socket(zmq::SUB)?;
         sub.set_linger(0)?;
         sub.set_rcvhwm(config.receive_high_water_mark)?;
-        sub.set_maxmsgsize(i64::try_from(config.limits.payload_bytes).unwrap_or(i64::MAX))?;
+        sub.set_maxmsgsize(most_frame_bytes(config))?;
         sub.set_ipv6(true)?;
         // Jitter: a fleet's subscribers must not all come back in the same instant.
         let jitter = 1.0 + f64::from(self.opened as u32 * 7919 % 1000) / 1000.0;
@@ -300,7 +384,10 @@ impl Worker {
         if !config.heartbeat.is_zero() {
             sub.set_heartbeat_ivl(millis(config.heartbeat))?;
             sub.set_heartbeat_timeout(millis(config.heartbeat * 2))?;
-            sub.set_heartbeat_ttl(millis(config.heartbeat * 3))?;
+            sub.set_heartbeat_ttl(millis(config.heartbeat * 3).min(MOST_TTL_MS))?;
+            // A peer that accepts and then says nothing is as silent as one that stops.
+            let handshake = millis(config.heartbeat * 3).clamp(1_000, MOST_HANDSHAKE_MS);
+            sub.set_handshake_ivl(handshake)?;
         }
         sub.set_tcp_keepalive(1)?;
         Ok(sub)
@@ -308,60 +395,97 @@ impl Worker {
 
     fn connect(&mut self, declaration: &Arc<PodDeclaration>) -> zmq::Result<Option<Source>> {
         self.opened += 1;
-        let sub = self.socket()?;
+        let zmq = self.room();
+        let sub = self.socket(&zmq)?;
         sub.set_subscribe(declaration.topic_filter.as_bytes())?;
-        let name = format!("inproc://monitor-{}-{}", self.number, self.opened);
-        let events =
-            zmq::SocketEvent::HANDSHAKE_SUCCEEDED as i32 | zmq::SocketEvent::DISCONNECTED as i32;
-        sub.monitor(&name, events)?;
-        let monitor = self.context.zmq.socket(zmq::PAIR)?;
-        monitor.connect(&name)?;
-        sub.connect(&declaration.endpoint)?;
-        let Some(lead) = Publisher::new(&self.context, declaration, Instant::now()) else {
+        let Some(lead) = Publisher::new(&self.context, declaration, &zmq, Instant::now()) else {
             return Ok(None);
         };
+        let name = format!("inproc://monitor-{}", self.opened);
+        let events = [
+            zmq::SocketEvent::CONNECTED,
+            zmq::SocketEvent::CONNECT_RETRIED,
+            zmq::SocketEvent::HANDSHAKE_SUCCEEDED,
+            zmq::SocketEvent::DISCONNECTED,
+        ];
+        let events = events.into_iter().fold(0, |all, event| all | event as i32);
+        let monitor = zmq.socket(zmq::PAIR)?;
+        // No limit: libzmq's own thread must never wait for us.
+        monitor.set_rcvhwm(0)?;
+        let heard = sub.monitor(&name, events).and_then(|()| monitor.connect(&name));
         let kind = Kind::Connect {
             declaration: Arc::clone(declaration),
+            line: Line {
+                monitor,
+                unheard: format!("inproc://unheard-{}", self.opened),
+                up: false,
+                connected_before: false,
+                lost: None,
+                patience: self.context.config.reconnect,
+            },
             lead: Box::new(lead),
             others: HashMap::new(),
         };
-        Ok(Some(Source { sub, monitor: Some(monitor), kind, connected_before: false }))
+        let source = Source { sub, kind };
+        if let Err(error) = heard.and_then(|()| source.sub.connect(&declaration.endpoint)) {
+            if let Kind::Connect { lead, .. } = source.close() {
+                lead.remove();
+            }
+            return Err(error);
+        }
+        Ok(Some(source))
     }
 
     fn bind(&mut self, endpoint: &str) -> zmq::Result<String> {
         self.opened += 1;
-        let sub = self.socket()?;
+        let zmq = self.room();
+        let sub = self.socket(&zmq)?;
         sub.set_subscribe(self.context.config.topic_filter.as_bytes())?;
         sub.bind(endpoint)?;
         let bound = sub.get_last_endpoint()?.unwrap_or_else(|_| endpoint.to_owned());
-        let kind = Kind::Bind { publishers: HashMap::new() };
-        self.sources.push(Source { sub, monitor: None, kind, connected_before: false });
+        let kind = Kind::Bind { expected: HashMap::new(), publishers: HashMap::new() };
+        self.sources.push(Source { sub, kind });
         Ok(bound)
     }
 
     /// Connection events: `[u16 event, u32 value]`, then the peer's address.
-    fn watch(&mut self, at: usize, now: Instant) {
-        let source = &mut self.sources[at];
-        let mut events = Vec::new();
-        if let Some(monitor) = &source.monitor {
-            while let Ok(frames) = monitor.recv_multipart(zmq::DONTWAIT) {
-                if let Some(&[low, high, ..]) = frames.first().map(Vec::as_slice) {
-                    events.push(u16::from_ne_bytes([low, high]));
+    fn watch(&mut self, at: usize, readable: bool, now: Instant) {
+        let (context, source) = (&self.context, &mut self.sources[at]);
+        let Kind::Connect { declaration, line, lead, others } = &mut source.kind else { return };
+        if readable {
+            while let Ok(frames) = line.monitor.recv_multipart(zmq::DONTWAIT) {
+                let Some(&[low, high, ..]) = frames.first().map(Vec::as_slice) else { continue };
+                let event = zmq::SocketEvent::from_raw(u16::from_ne_bytes([low, high]));
+                tracing::debug!(pod = %declaration.pod, ?event, "Connection event.");
+                let was_up = line.up;
+                line.observe(event, &context.config, now);
+                if line.up == was_up {
+                    continue;
+                }
+                if line.up {
+                    if line.connected_before {
+                        context.shared.metrics.reconnections.inc();
+                    }
+                    line.connected_before = true;
+                }
+                for publisher in std::iter::once(&mut **lead).chain(others.values_mut()) {
+                    if line.up {
+                        publisher.connected(now);
+                    } else {
+                        publisher.disconnected(now);
+                    }
                 }
             }
         }
-        for event in events {
-            let connected = event == zmq::SocketEvent::HANDSHAKE_SUCCEEDED as u16;
-            if connected && source.connected_before {
-                self.context.shared.metrics.reconnections.inc();
-            }
-            source.connected_before |= connected;
-            for publisher in source.publishers() {
-                if connected {
-                    publisher.connected(now);
-                } else {
-                    publisher.disconnected(now);
-                }
+        if line.lost.is_some_and(|lost| now.duration_since(lost) >= line.patience) {
+            line.lost = Some(now);
+            line.patience = (line.patience * 2).min(context.config.reconnect_max);
+            let endpoint = &declaration.endpoint;
+            tracing::warn!(pod = %declaration.pod, %endpoint, "libzmq gave the connection up; connecting anew.");
+            // It knows none of this name any more if it gave up, which is what we ask for.
+            source.sub.disconnect(endpoint).unwrap_or_default();
+            if let Err(error) = source.sub.connect(endpoint) {
+                tracing::error!(pod = %declaration.pod, %endpoint, %error, "Cannot connect.");
             }
         }
     }
@@ -386,75 +510,117 @@ impl Worker {
         let sequence = Frames::split(&frames)?.sequence;
         let (Some(payload), Some(topic)) = (frames.pop(), frames.first()) else { return Ok(()) };
         let Topic { pod, model } = Topic::parse(topic, MAX_POD_ID_BYTES)?;
-        let context = &self.context;
-        let header = header(&payload, &context.config.limits);
+        let header = header(&payload, &self.context.config.limits);
+        if let Kind::Bind { .. } = self.sources[at].kind {
+            // Without its rank a message belongs to nobody.
+            let rank = header.as_ref().map_err(DecodeError::clone)?.rank;
+            if !self.admit(at, &pod, rank, &model, now) {
+                return Ok(());
+            }
+        }
         let publisher = match &mut self.sources[at].kind {
-            Kind::Connect { declaration, lead, others } => {
+            Kind::Bind { publishers, .. } => {
+                let rank = header.as_ref().ok().and_then(|header| header.rank);
+                publishers.get_mut(&(pod.into_owned(), rank))
+            }
+            Kind::Connect { declaration, line, lead, others } => {
                 // Only an engine that sends several ranks over one socket needs a second look.
                 let rank = header.as_ref().ok().and_then(|header| header.rank);
-                let leads = declaration.rank.is_some()
-                    || rank.is_none()
-                    || lead.row_id().rank.is_none_or(|known| Some(known) == rank);
-                match rank.filter(|_| !leads) {
-                    None => &mut **lead,
-                    Some(rank) => match others.entry(rank) {
-                        std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-                        std::collections::hash_map::Entry::Vacant(vacant) => {
+                match rank.filter(|_| !lead.takes(rank)) {
+                    None => Some(&mut **lead),
+                    Some(rank) => {
+                        if let Entry::Vacant(vacant) = others.entry(rank) {
                             let own = Arc::new(PodDeclaration {
                                 rank: Some(rank),
                                 replay_endpoint: None,
                                 ..PodDeclaration::clone(declaration)
                             });
-                            let Some(new) = Publisher::new(context, &own, now) else {
-                                context.shared.metrics.refuse("max_pods");
-                                return Ok(());
-                            };
-                            vacant.insert(new)
+                            let zmq = lead.zmq();
+                            match Publisher::new(&self.context, &own, &zmq, now) {
+                                Some(mut new) => {
+                                    if line.up {
+                                        new.connected(now);
+                                    }
+                                    vacant.insert(new);
+                                }
+                                None => self.context.shared.metrics.refuse("max_pods"),
+                            }
                         }
-                    },
-                }
-            }
-            Kind::Bind { publishers } => {
-                // Without its rank a message belongs to nobody.
-                let rank = header.as_ref().map_err(DecodeError::clone)?.rank;
-                let declared =
-                    context.config.pods.iter().find(|known| {
-                        known.pod == *pod && known.rank.is_none_or(|r| Some(r) == rank)
-                    });
-                let key = (pod.clone().into_owned(), rank);
-                if !publishers.contains_key(&key) {
-                    let mut declaration = match declared {
-                        Some(declared) => declared.clone(),
-                        None if context.config.allow_unconfigured_pods && !pod.is_empty() => {
-                            PodDeclaration { pod: pod.clone().into_owned(), ..Default::default() }
-                        }
-                        None => {
-                            context.shared.metrics.refuse("unconfigured");
-                            return Ok(());
-                        }
-                    };
-                    declaration.rank = rank;
-                    if declaration.model.is_none() && !model.is_empty() {
-                        declaration.model = Some(model.clone().into_owned());
+                        others.get_mut(&rank)
                     }
-                    let Some(new) = Publisher::new(context, &Arc::new(declaration), now) else {
-                        context.shared.metrics.refuse("max_pods");
-                        return Ok(());
-                    };
-                    publishers.insert(key.clone(), new);
                 }
-                let Some(publisher) = publishers.get_mut(&key) else { return Ok(()) };
-                publisher
             }
         };
+        let Some(publisher) = publisher else { return Ok(()) };
         if publisher.has_room() {
             let header = header.ok();
             publisher.message(&model, sequence, header.as_ref(), payload, now);
         } else {
-            // As if the network had lost it: the next message shows the gap.
-            context.shared.metrics.dropped.with_label_values(&["queue_full"]).inc();
+            publisher.drop_message(sequence, now);
         }
         Ok(())
+    }
+
+    /// Is this publisher known on the bound socket, or may it be from now on?
+    fn admit(
+        &mut self,
+        at: usize,
+        pod: &str,
+        rank: Option<u32>,
+        model: &str,
+        now: Instant,
+    ) -> bool {
+        let context = Arc::clone(&self.context);
+        let Kind::Bind { expected, publishers } = &self.sources[at].kind else { return false };
+        let key = (pod.to_owned(), rank);
+        if publishers.contains_key(&key) {
+            return true;
+        }
+        let declared = expected.get(&key).or_else(|| expected.get(&(key.0.clone(), None)));
+        let elsewhere =
+            || context.shared.fleet.table().pod(pod).iter().any(|row| !row.endpoint.is_empty());
+        let mut declaration = match declared {
+            Some(declared) => PodDeclaration::clone(declared),
+            None if !context.config.allow_unconfigured_pods || pod.is_empty() => {
+                context.shared.metrics.refuse("unconfigured");
+                return false;
+            }
+            // A pod that we connect to does not come by itself as well: somebody uses its name.
+            None if elsewhere() => {
+                context.shared.metrics.refuse("declared_elsewhere");
+                return false;
+            }
+            None => PodDeclaration { pod: pod.to_owned(), ..Default::default() },
+        };
+        if declaration.rank.is_none() && rank.is_some_and(|rank| rank > 0) {
+            // One replay socket serves one rank, and an engine with one rank says 0 or nothing.
+            declaration.replay_endpoint = None;
+        }
+        declaration.rank = rank;
+        if declaration.model.is_none() && !model.is_empty() {
+            declaration.model = Some(model.to_owned());
+        }
+        let zmq = self.room();
+        let Some(new) = Publisher::new(&context, &Arc::new(declaration), &zmq, now) else {
+            context.shared.metrics.refuse("max_pods");
+            return false;
+        };
+        let Kind::Bind { publishers, .. } = &mut self.sources[at].kind else { return false };
+        publishers.insert(key, new);
+        true
+    }
+}
+
+impl Line {
+    fn observe(&mut self, event: zmq::SocketEvent, config: &IngestConfig, now: Instant) {
+        match event {
+            zmq::SocketEvent::HANDSHAKE_SUCCEEDED => {
+                (self.up, self.lost, self.patience) = (true, None, config.reconnect);
+            }
+            zmq::SocketEvent::DISCONNECTED => (self.up, self.lost) = (false, Some(now)),
+            // It is on its way.
+            _ => self.lost = None,
+        }
     }
 }
 

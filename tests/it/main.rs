@@ -10,6 +10,7 @@
 mod config;
 mod differential;
 mod discovery;
+mod ingest;
 mod replay_tool;
 mod streams;
 mod support;
