@@ -34,6 +34,9 @@ pub(crate) fn most_frame_bytes(config: &IngestConfig) -> i64 {
     i64::try_from(config.limits.payload_bytes.saturating_mul(2)).unwrap_or(i64::MAX).max(4 << 20)
 }
 
+/// What a batch costs beside its payload while it waits, bytes.
+const WAITING_OVERHEAD: usize = 128;
+
 type Actions = Vec<Action<Frame>>;
 
 /// What publishers of one process share.
@@ -126,10 +129,8 @@ impl Publisher {
     /// for it again.
     pub(crate) fn has_room(&self) -> bool {
         let config = &self.context.config;
-        let waits = |(items, bytes): &(VecDeque<Item>, usize)| {
-            items.len() < config.queue_batches && *bytes < config.queue_bytes.min(MAX_WAITING_BYTES)
-        };
-        self.waiting.as_ref().is_none_or(waits)
+        let waiting = self.waiting.as_ref().map_or(0, |(_, bytes)| *bytes);
+        waiting < config.queue_bytes.min(MAX_WAITING_BYTES)
             && self.pipe.has_room(config.queue_batches, config.queue_bytes)
     }
 
@@ -324,8 +325,14 @@ impl Publisher {
     fn push(&mut self, item: Item) {
         match &mut self.waiting {
             Some((items, bytes)) => {
-                if let Item::Batch { payload, .. } = &item {
-                    *bytes += payload.len();
+                match (&item, items.back_mut()) {
+                    (Item::Batch { payload, .. }, _) => *bytes += payload.len() + WAITING_OVERHEAD,
+                    // States in between were shown; a connection that flaps must not pile them up.
+                    (Item::State(..), Some(last @ Item::State(..))) => {
+                        *last = item;
+                        return;
+                    }
+                    _ => {}
                 }
                 items.push_back(item);
             }

@@ -130,7 +130,7 @@ fn engine_and_request_blocks_of_one_size() {
                 "C58",
                 "a> store 1 of 1-16; store 1 of 1-16 on CPU; store 1 of 1-16 group 1 kind full_attention\n\
                  b> store 1 of 1-16; store 1 of 1-16\na> remove 1\nb> remove 1\n? 1-16 => a=1:1 b=1:1\n\
-                 a> remove 1 on CPU\n? 1-16 => b=1:1\na> store 1 of 1-16\n? 1-16 => a=1:1 b=1:1",
+                 a> remove 1 on CPU; remove 1 group 1\n? 1-16 => b=1:1\na> store 1 of 1-16\n? 1-16 => a=1:1 b=1:1",
             ),
             (
                 "C60",

@@ -133,6 +133,8 @@ fn socket(context: &zmq::Context) -> zmq::Socket {
     socket.set_sndhwm(1_000_000).unwrap();
     socket.set_rcvtimeo(100).unwrap();
     socket.set_reconnect_ivl(20).unwrap();
+    // Every subscriber is told of, not only the first: the last one may not be gone yet.
+    socket.set_xpub_verbose(true).unwrap();
     socket
 }
 
