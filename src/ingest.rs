@@ -21,6 +21,7 @@ pub mod discovery;
 pub mod fleet;
 mod frame;
 mod lane;
+mod line;
 pub mod metrics;
 mod publisher;
 pub mod sequencer;

@@ -162,7 +162,7 @@ impl Applier {
                 timestamp = reader.header().timestamp;
                 while let Some(event) = reader.next_event(&mut scratch) {
                     match event {
-                        Ok(event) if self.dry => drop(event),
+                        Ok(_) if self.dry => {}
                         Ok(Event::Stored(stored)) => {
                             let outcome = self.stored(&stored, now);
                             orphans += u64::from(outcome.orphaned + outcome.orphans_dropped);

@@ -145,11 +145,14 @@ impl Ready {
 
 struct Stopped;
 
+/// Every pipe with its lane.
+type Pipes = Vec<(usize, Weak<Pipe>)>;
+
 /// The writer threads.
 #[derive(Debug)]
 pub(crate) struct Lanes {
     ready: Vec<Arc<Ready>>,
-    pipes: Arc<Mutex<Vec<(usize, Weak<Pipe>)>>>,
+    pipes: Arc<Mutex<Pipes>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     next: AtomicUsize,
 }
@@ -221,7 +224,7 @@ impl Lanes {
     }
 }
 
-fn run(lane: usize, ready: &Ready, pipes: &Mutex<Vec<(usize, Weak<Pipe>)>>) {
+fn run(lane: usize, ready: &Ready, pipes: &Mutex<Pipes>) {
     let mut swept = Instant::now();
     while let Ok(pipe) = ready.pop(HOUSEKEEPING) {
         if let Some(pipe) = pipe {

@@ -289,7 +289,8 @@ impl Publisher {
         for action in actions.drain(..) {
             match action {
                 Action::Deliver(message) => {
-                    self.push(Item::Batch { sequence: message.sequence, payload: message.payload })
+                    let Message { sequence, payload, .. } = message;
+                    self.push(Item::Batch { sequence, payload });
                 }
                 Action::Reset { epoch } => self.push(Item::Reset { epoch }),
                 Action::Rebuild => self.push(Item::Rebuild),

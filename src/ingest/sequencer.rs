@@ -195,17 +195,26 @@ impl<P> Sequencer<P> {
         if sequence < self.expected() || sequence == u64::MAX {
             return;
         }
+        let cooling = self.cooldown_until.is_some_and(|until| now < until);
+        let asks = self.fill.is_some() || (self.config.replay.is_some() && !cooling);
+        if self.applied.is_none() && !asks {
+            // The first message that can be taken in will show that there were others.
+            return;
+        }
         self.joined = true;
         self.seen = self.seen.max(Some(sequence));
-        let cooling = self.cooldown_until.is_some_and(|until| now < until);
         if let Some(fill) = &mut self.fill {
             fill.bounded = true;
-        } else if self.config.replay.is_some() && !cooling {
+        } else if asks {
             out.push(Action::Count(Counter::Gap));
             self.abandon_heal(now);
             self.begin_fill(None, now, out);
+            let at = self.expected();
             if let Some(fill) = &mut self.fill {
                 fill.bounded = true;
+                if self.applied.is_some() {
+                    fill.reason = Reason::Gap { missing: sequence - at + 1, at };
+                }
             }
         } else if self.trust.0 == PodState::Degraded {
             // Said already; a flood must not say it again and again.

@@ -21,9 +21,10 @@ use std::{
 
 use crate::{
     ingest::{
-        IngestConfig,
+        Key,
         fleet::{PodDeclaration, lock},
         frame::{self, Frame},
+        line::{Change, Line},
         publisher::{Context, Publisher, most_frame_bytes},
     },
     wire::{DecodeError, Frames, Topic, header},
@@ -146,20 +147,6 @@ struct Source {
     kind: Kind,
 }
 
-/// What is known of the connection to one engine.
-struct Line {
-    monitor: zmq::Socket,
-    /// Where the monitor's other end goes when the source is closed.
-    unheard: String,
-    up: bool,
-    connected_before: bool,
-    /// libzmq lost the connection and has not said yet that it tries again. After a breach of the
-    /// protocol, such as a frame over the limit, or another server at that port, it never does.
-    lost: Option<Instant>,
-    /// How long it is given for that; doubles while the connection is not made again.
-    patience: Duration,
-}
-
 enum Kind {
     /// We connect to one engine; its first rank is the lead, which has the replay socket.
     Connect {
@@ -169,21 +156,17 @@ enum Kind {
         others: HashMap<u32, Publisher>,
     },
     /// Engines connect to us.
-    Bind { expected: HashMap<Key, Arc<PodDeclaration>>, publishers: HashMap<Key, Publisher> },
+    Bind { expected: Expected, publishers: HashMap<Key, Publisher> },
 }
 
-type Key = (String, Option<u32>);
+/// Pods that may connect to us; without a rank, every rank of the pod.
+type Expected = HashMap<Key, Arc<PodDeclaration>>;
 
 impl Source {
-    /// Closes the sockets and hands over what they served. A source must not just be dropped:
-    /// libzmq's own thread reports to the monitor, and waits for ever, and with it everything else
-    /// that it serves, if the other end is closed before the socket is gone, which happens later.
+    /// Closes the sockets and hands over what they served; a source must not just be dropped.
     fn close(self) -> Kind {
         if let Kind::Connect { line, .. } = &self.kind {
-            // A monitor of no events in the place of the old one.
-            if let Err(error) = self.sub.monitor(&line.unheard, 0) {
-                tracing::error!(%error, "Cannot end the monitor of a subscription.");
-            }
+            line.close(&self.sub);
         }
         self.kind
     }
@@ -221,8 +204,8 @@ impl Worker {
         let now = Instant::now();
         for at in 0..self.sources.len() {
             // Sources added by a command just now are read in the next round.
-            let Some(&(sub, monitor, dealer)) = ready.get(at) else { break };
-            self.watch(at, monitor, now);
+            let Some(&(sub, dealer)) = ready.get(at) else { break };
+            self.watch(at, now);
             if sub {
                 self.receive(at, now);
             }
@@ -240,8 +223,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for any socket. Answers, per source: is the SUB, the monitor, any DEALER readable?
-    fn poll(&mut self) -> zmq::Result<Vec<(bool, bool, bool)>> {
+    /// Waits for any socket. Answers, per source: is the SUB, is any DEALER readable?
+    fn poll(&mut self) -> zmq::Result<Vec<(bool, bool)>> {
         let now = Instant::now();
         let mut patience = PATIENCE;
         let mut items = vec![self.asleep.as_poll_item(zmq::POLLIN)];
@@ -249,7 +232,7 @@ impl Worker {
         for source in &self.sources {
             items.push(source.sub.as_poll_item(zmq::POLLIN));
             if let Kind::Connect { line, .. } = &source.kind {
-                items.push(line.monitor.as_poll_item(zmq::POLLIN));
+                items.push(line.poll_item());
             }
             let before = items.len();
             let publishers: Vec<&Publisher> = match &source.kind {
@@ -281,9 +264,11 @@ impl Worker {
             .zip(dealers)
             .map(|(source, dealers)| {
                 let sub = next();
-                let monitor = matches!(source.kind, Kind::Connect { .. }) && next();
+                if let Kind::Connect { .. } = source.kind {
+                    next();
+                }
                 let dealer = (0..dealers).fold(false, |any, _| next() | any);
-                (sub, monitor, dealer)
+                (sub, dealer)
             })
             .collect())
     }
@@ -338,9 +323,7 @@ impl Worker {
         }
     }
 
-    fn bound(
-        &mut self,
-    ) -> Option<(&mut HashMap<Key, Arc<PodDeclaration>>, &mut HashMap<Key, Publisher>)> {
+    fn bound(&mut self) -> Option<(&mut Expected, &mut HashMap<Key, Publisher>)> {
         self.sources.iter_mut().find_map(|source| match &mut source.kind {
             Kind::Bind { expected, publishers } => Some((expected, publishers)),
             Kind::Connect { .. } => None,
@@ -401,33 +384,21 @@ impl Worker {
         let Some(lead) = Publisher::new(&self.context, declaration, &zmq, Instant::now()) else {
             return Ok(None);
         };
-        let name = format!("inproc://monitor-{}", self.opened);
-        let events = [
-            zmq::SocketEvent::CONNECTED,
-            zmq::SocketEvent::CONNECT_RETRIED,
-            zmq::SocketEvent::HANDSHAKE_SUCCEEDED,
-            zmq::SocketEvent::DISCONNECTED,
-        ];
-        let events = events.into_iter().fold(0, |all, event| all | event as i32);
-        let monitor = zmq.socket(zmq::PAIR)?;
-        // No limit: libzmq's own thread must never wait for us.
-        monitor.set_rcvhwm(0)?;
-        let heard = sub.monitor(&name, events).and_then(|()| monitor.connect(&name));
+        let line = match Line::watch(&zmq, &sub, self.opened, &self.context.config) {
+            Ok(line) => line,
+            Err(error) => {
+                lead.remove();
+                return Err(error);
+            }
+        };
         let kind = Kind::Connect {
             declaration: Arc::clone(declaration),
-            line: Line {
-                monitor,
-                unheard: format!("inproc://unheard-{}", self.opened),
-                up: false,
-                connected_before: false,
-                lost: None,
-                patience: self.context.config.reconnect,
-            },
+            line,
             lead: Box::new(lead),
             others: HashMap::new(),
         };
         let source = Source { sub, kind };
-        if let Err(error) = heard.and_then(|()| source.sub.connect(&declaration.endpoint)) {
+        if let Err(error) = source.sub.connect(&declaration.endpoint) {
             if let Kind::Connect { lead, .. } = source.close() {
                 lead.remove();
             }
@@ -448,46 +419,23 @@ impl Worker {
         Ok(bound)
     }
 
-    /// Connection events: `[u16 event, u32 value]`, then the peer's address.
-    fn watch(&mut self, at: usize, readable: bool, now: Instant) {
+    /// What became of the connection. Looked at before every batch of messages: a new connection
+    /// must be known before what came over it.
+    fn watch(&mut self, at: usize, now: Instant) {
         let (context, source) = (&self.context, &mut self.sources[at]);
         let Kind::Connect { declaration, line, lead, others } = &mut source.kind else { return };
-        if readable {
-            while let Ok(frames) = line.monitor.recv_multipart(zmq::DONTWAIT) {
-                let Some(&[low, high, ..]) = frames.first().map(Vec::as_slice) else { continue };
-                let event = zmq::SocketEvent::from_raw(u16::from_ne_bytes([low, high]));
-                tracing::debug!(pod = %declaration.pod, ?event, "Connection event.");
-                let was_up = line.up;
-                line.observe(event, &context.config, now);
-                if line.up == was_up {
-                    continue;
-                }
-                if line.up {
-                    if line.connected_before {
-                        context.shared.metrics.reconnections.inc();
-                    }
-                    line.connected_before = true;
-                }
-                for publisher in std::iter::once(&mut **lead).chain(others.values_mut()) {
-                    if line.up {
-                        publisher.connected(now);
-                    } else {
-                        publisher.disconnected(now);
-                    }
+        while let Some(change) = line.news(&context.config, now) {
+            if change == (Change::Up { again: true }) {
+                context.shared.metrics.reconnections.inc();
+            }
+            for publisher in std::iter::once(&mut **lead).chain(others.values_mut()) {
+                match change {
+                    Change::Up { .. } => publisher.connected(now),
+                    Change::Down => publisher.disconnected(now),
                 }
             }
         }
-        if line.lost.is_some_and(|lost| now.duration_since(lost) >= line.patience) {
-            line.lost = Some(now);
-            line.patience = (line.patience * 2).min(context.config.reconnect_max);
-            let endpoint = &declaration.endpoint;
-            tracing::warn!(pod = %declaration.pod, %endpoint, "libzmq gave the connection up; connecting anew.");
-            // It knows none of this name any more if it gave up, which is what we ask for.
-            source.sub.disconnect(endpoint).unwrap_or_default();
-            if let Err(error) = source.sub.connect(endpoint) {
-                tracing::error!(pod = %declaration.pod, %endpoint, %error, "Cannot connect.");
-            }
-        }
+        line.mend(&source.sub, &declaration.endpoint, &context.config, now);
     }
 
     /// Takes in up to a round of live messages.
@@ -538,7 +486,7 @@ impl Worker {
                             let zmq = lead.zmq();
                             match Publisher::new(&self.context, &own, &zmq, now) {
                                 Some(mut new) => {
-                                    if line.up {
+                                    if line.is_up() {
                                         new.connected(now);
                                     }
                                     vacant.insert(new);
@@ -608,19 +556,6 @@ impl Worker {
         let Kind::Bind { publishers, .. } = &mut self.sources[at].kind else { return false };
         publishers.insert(key, new);
         true
-    }
-}
-
-impl Line {
-    fn observe(&mut self, event: zmq::SocketEvent, config: &IngestConfig, now: Instant) {
-        match event {
-            zmq::SocketEvent::HANDSHAKE_SUCCEEDED => {
-                (self.up, self.lost, self.patience) = (true, None, config.reconnect);
-            }
-            zmq::SocketEvent::DISCONNECTED => (self.up, self.lost) = (false, Some(now)),
-            // It is on its way.
-            _ => self.lost = None,
-        }
     }
 }
 

@@ -77,7 +77,7 @@ fn every_malformed_message_among_good_ones() {
     assert!(all.len() > 80, "{}", all.len());
     let mut wanted_rejects = 0;
     let mut block = 0;
-    let mut good = |engine: &mut Engine, block: u32| {
+    let good = |engine: &mut Engine, block: u32| {
         // Chains of their own, so that nothing in the fixtures is parent or child of it.
         let (hash, first) = (1_000_000 + block, 5_000 + block * 16);
         let after = if block == 0 { String::new() } else { format!("after {}", hash - 1) };

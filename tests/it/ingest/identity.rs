@@ -220,7 +220,8 @@ fn coming_and_going_deafens_nobody() {
 /// More pods than one ZeroMQ context has sockets for.
 #[test]
 fn hundreds_of_pods() {
-    let mut rig = Rig::start("kvEventsConfig: {maxPods: 1000, reconnectMs: 1000}");
+    let mut rig =
+        Rig::start("kvEventsConfig: {maxPods: 1000, reconnectMs: 1000, heartbeatMs: 3600000}");
     let mut engine = Engine::bind("kv@x@m");
     let replay = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     for pod in 0..420 {
