@@ -125,8 +125,7 @@ impl Publisher {
             || self.learnt.is_none_or(|learnt| Some(learnt) == rank)
     }
 
-    /// Is there room for one more message? Otherwise it counts as lost, and the sequencer will ask
-    /// for it again.
+    /// Is there room for one more message? Otherwise it is lost, and the sequencer is told.
     pub(crate) fn has_room(&self) -> bool {
         let config = &self.context.config;
         let waiting = self.waiting.as_ref().map_or(0, |(_, bytes)| *bytes);
@@ -154,14 +153,13 @@ impl Publisher {
     ) {
         self.context.shared.metrics.messages.inc();
         self.row.update(|status| status.messages += 1);
+        // First, since it may make room: what waits for a model waits no more.
         let message = self.parse(model, sequence, header, payload);
+        if !self.has_room() {
+            self.context.shared.metrics.dropped.with_label_values(&["queue_full"]).inc();
+            return self.drive(|sequencer, out| sequencer.lost(sequence, now, out));
+        }
         self.drive(|sequencer, out| sequencer.message(message, now, out));
-    }
-
-    /// A live message that there was no room for: as if the network had lost it, but known.
-    pub(crate) fn drop_message(&mut self, sequence: u64, now: Instant) {
-        self.context.shared.metrics.dropped.with_label_values(&["queue_full"]).inc();
-        self.drive(|sequencer, out| sequencer.lost(sequence, now, out));
     }
 
     /// Reads what the replay socket has; `false` when it has nothing more for now.

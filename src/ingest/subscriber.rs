@@ -500,12 +500,7 @@ impl Worker {
             }
         };
         let Some(publisher) = publisher else { return Ok(()) };
-        if publisher.has_room() {
-            let header = header.ok();
-            publisher.message(&model, sequence, header.as_ref(), payload, now);
-        } else {
-            publisher.drop_message(sequence, now);
-        }
+        publisher.message(&model, sequence, header.ok().as_ref(), payload, now);
         Ok(())
     }
 

@@ -251,6 +251,34 @@ fn strangers(count: usize) -> String {
     (0..count).map(|stranger| format!(" stranger-{stranger}#0=1")).collect()
 }
 
+/// The last message of all is lost in here, and nothing comes after it to show the gap.
+#[test]
+fn what_is_lost_last_is_known() {
+    let mut rig = Rig::start(
+        "kvEventsConfig: {queueBytes: 1MiB, limits: {payloadBytes: 1MiB}, replay: {heldBytes: 1MiB}}",
+    );
+    // Without a model everything waits, up to the limit.
+    let mut engine = Engine::bind("no model");
+    rig.register("a", &engine, None);
+    let big = format!("store 1-2 of 1-32; store none of {}", "70000-199999");
+    engine.send("store 1 of 1-16");
+    for _ in 0..3 {
+        engine.send(&big);
+    }
+    rig.counted("kv_events_dropped_total{reason=\"queue_full\"}", 1.0);
+    let row = rig.state("a", PodState::Degraded);
+    assert_eq!(row.seen_sequence, Some(3), "{row:?}");
+    // A name for the model makes room, if not for the message that brings it.
+    engine.topic = "kv@a@m".to_owned();
+    engine.send("remove 99");
+    rig.until("a", "settled", |row| row.applied_sequence >= Some(2));
+    let last = engine.send("store 3 of 33-48 after 2");
+    let row = rig.applied("a", last);
+    assert!(row.reason.starts_with("gap of "), "{row:?}");
+    assert_eq!(rig.depths("m", "1-48"), "a#0=3");
+    rig.finish();
+}
+
 /// A flood that the lane cannot keep up with is lost knowingly, and found again with replay.
 #[test]
 fn a_flood_degrades_without_replay_and_heals_with_it() {

@@ -198,18 +198,26 @@ fn coming_and_going_deafens_nobody() {
     let mut rig = Rig::start("");
     let mut steady = Engine::bind("kv@x@m");
     rig.register("steady", &steady, None);
-    for round in 0..60 {
-        let pod = format!("brief-{round}");
-        let mut engine = Engine::bind("kv@x@m");
-        rig.register(&pod, &engine, None);
-        engine.send("store 1 of 1-16");
-        rig.applied(&pod, 0);
+    for round in 0..40 {
+        let mut engines: Vec<_> = (0..3).map(|_| Engine::bind("kv@x@m")).collect();
+        let pods: Vec<_> = (0..3).map(|at| format!("brief-{round}-{at}")).collect();
+        for (pod, engine) in pods.iter().zip(&mut engines) {
+            rig.register(pod, engine, None);
+            engine.send("store 1 of 1-16");
+            rig.applied(pod, 0);
+        }
         if round % 2 == 0 {
-            rig.unregister(&pod).unwrap();
-            drop(engine);
+            for pod in &pods {
+                rig.unregister(pod).unwrap();
+            }
+            drop(engines);
         } else {
-            drop(engine);
-            rig.unregister(&pod).unwrap();
+            // Each connection breaks in the moment in which it is given up.
+            for (pod, engine) in pods.iter().zip(engines) {
+                let ended = std::thread::spawn(move || drop(engine));
+                rig.unregister(pod).unwrap();
+                ended.join().unwrap();
+            }
         }
     }
     steady.send("store 1 of 1-16");
