@@ -22,6 +22,7 @@ pub mod discovery;
 pub mod fleet;
 mod frame;
 mod lane;
+mod line;
 pub mod metrics;
 mod publisher;
 pub mod sequencer;
@@ -31,7 +32,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        mpsc::{Receiver, sync_channel},
+        mpsc::{SyncSender, sync_channel},
     },
     time::Duration,
 };
@@ -49,6 +50,8 @@ use crate::{hash::Models, model::TierTable};
 
 /// How long a command to a subscriber thread may take.
 const ANSWER: Duration = Duration::from_secs(10);
+/// The thread that has the bound socket, if there is one.
+const BOUND: usize = 0;
 
 /// The running ingest path. [`stop`](Self::stop) it before it is dropped.
 #[derive(Debug)]
@@ -56,8 +59,11 @@ pub struct Ingest {
     context: Arc<Context>,
     subscribers: Vec<Subscriber>,
     /// Who declared what, and on which thread it runs.
-    declared: Mutex<HashMap<(String, Option<u32>), Declared>>,
+    declared: Mutex<HashMap<Key, Declared>>,
 }
+
+/// Pod and declared rank.
+pub(crate) type Key = (String, Option<u32>);
 
 #[derive(Debug)]
 struct Declared {
@@ -100,9 +106,8 @@ impl Ingest {
             limits: config.limits.clone(),
             orphan_timeout: config.orphan_timeout,
         });
-        let zmq = zmq::Context::new();
         let bind = config.bind.clone();
-        let context = Arc::new(Context { config, models, shared, lanes, zmq });
+        let context = Arc::new(Context { config, models, shared, lanes });
         let subscribers = (0..threads)
             .map(|number| Subscriber::start(&context, number))
             .collect::<anyhow::Result<Vec<_>>>()?;
@@ -115,8 +120,7 @@ impl Ingest {
 
     fn bind(&self, endpoint: &str) -> anyhow::Result<()> {
         let (heard, answer) = sync_channel(1);
-        let told =
-            self.subscribers.first().is_some_and(|s| s.tell(Command::Bind(endpoint.into(), heard)));
+        let told = self.subscribers[BOUND].tell(Command::Bind(endpoint.into(), heard));
         anyhow::ensure!(told, "the subscriber thread does not take commands");
         match answer.recv_timeout(ANSWER) {
             Ok(Ok(bound)) => {
@@ -128,8 +132,8 @@ impl Ingest {
         }
     }
 
-    /// Subscribes to a publisher. An equal declaration is a no-op; a different one for the same pod
-    /// and rank replaces it. Blocks for the time of a few system calls.
+    /// Subscribes to a publisher; one without endpoint is expected at our bound socket. An equal
+    /// declaration is a no-op; a different one for the same pod and rank replaces it. Blocks for the time of a few system calls.
     ///
     /// # Errors
     ///
@@ -141,29 +145,52 @@ impl Ingest {
             return Ok(());
         }
         if let Some(old) = declared.remove(&key) {
-            self.unsubscribe(&key, old.thread);
+            self.unsubscribe(&key, &old);
+        }
+        if declaration.endpoint.is_empty() {
+            return self.expect(&mut declared, key, declaration);
         }
         let thread = (0..self.subscribers.len())
             .min_by_key(|thread| declared.values().filter(|other| other.thread == *thread).count())
             .unwrap_or_default();
         let declaration = Arc::new(declaration);
-        let (heard, answer) = sync_channel(1);
-        let add = Command::Add(Arc::clone(&declaration), heard);
-        if !self.subscribers.get(thread).is_some_and(|subscriber| subscriber.tell(add)) {
-            return Err(AddError::Busy);
-        }
-        match answer.recv_timeout(ANSWER) {
-            Ok(true) => {
+        match self.ask(thread, |heard| Command::Add(Arc::clone(&declaration), heard)) {
+            Some(true) => {
+                // It may have come to the bound socket by itself before.
+                self.dismiss(&key);
                 declared.insert(key, Declared { declaration, thread });
                 Ok(())
             }
-            Ok(false) => Err(AddError::Refused(key.0)),
-            Err(_) => Err(AddError::Busy),
+            Some(false) => Err(AddError::Refused(key.0)),
+            None => Err(AddError::Busy),
         }
     }
 
-    /// Ends the publisher declared for this pod and rank; `rank` absent: every one of the pod.
-    /// Returns whether there was one. When it returns, no trace is visible any more.
+    fn expect(
+        &self,
+        declared: &mut HashMap<Key, Declared>,
+        key: Key,
+        declaration: PodDeclaration,
+    ) -> Result<(), AddError> {
+        if self.context.config.bind.is_none() {
+            return Err(AddError::Refused(key.0));
+        }
+        let declaration = Arc::new(declaration);
+        let expect = |heard| Command::Expect(Arc::clone(&declaration), heard);
+        match self.ask(BOUND, expect) {
+            Some(true) => {
+                declared.insert(key, Declared { declaration, thread: BOUND });
+                Ok(())
+            }
+            Some(false) => Err(AddError::Refused(key.0)),
+            None => Err(AddError::Busy),
+        }
+    }
+
+    /// Ends the publisher declared for this pod and rank, or come by itself to the bound socket;
+    /// `rank` absent: every one of the pod. Returns whether there was one. When it returns, no trace
+    /// is visible any more. An engine that goes on sending to the bound socket is from then on one
+    /// that nobody configured.
     pub fn remove(&self, pod: &str, rank: Option<u32>) -> bool {
         let mut declared = lock(&self.declared);
         let keys: Vec<_> = declared
@@ -173,10 +200,18 @@ impl Ingest {
             .collect();
         for key in &keys {
             if let Some(old) = declared.remove(key) {
-                self.unsubscribe(key, old.thread);
+                self.unsubscribe(key, &old);
             }
         }
-        !keys.is_empty()
+        let came = self.dismiss(&(pod.to_owned(), rank));
+        came || !keys.is_empty()
+    }
+
+    /// Ends the one publisher declared so; those of other ranks go on.
+    pub(crate) fn remove_one(&self, key: &Key) {
+        if let Some(old) = lock(&self.declared).remove(key) {
+            self.unsubscribe(key, &old);
+        }
     }
 
     /// What is declared for a pod and rank.
@@ -186,21 +221,41 @@ impl Ingest {
         declared.get(&(pod.to_owned(), rank)).map(|known| (*known.declaration).clone())
     }
 
-    /// Subscriptions that exist, connected or not.
+    /// Sockets that are subscribed, connected or not.
     #[must_use]
     pub fn subscriptions(&self) -> usize {
-        lock(&self.declared).len() + usize::from(self.context.config.bind.is_some())
+        let connects = |known: &&Declared| !known.declaration.endpoint.is_empty();
+        lock(&self.declared).values().filter(connects).count()
+            + usize::from(self.context.config.bind.is_some())
     }
 
-    fn unsubscribe(&self, (pod, rank): &(String, Option<u32>), thread: usize) {
-        let (heard, answer): (_, Receiver<bool>) = sync_channel(1);
-        let told = self
-            .subscribers
-            .get(thread)
-            .is_some_and(|s| s.tell(Command::Remove(pod.clone(), *rank, heard)));
-        if !told || answer.recv_timeout(ANSWER).is_err() {
-            tracing::error!(%pod, "The subscriber thread does not answer.");
+    fn unsubscribe(&self, key: &Key, declared: &Declared) {
+        if declared.declaration.endpoint.is_empty() {
+            self.dismiss(key);
+        } else {
+            self.ask(declared.thread, |heard| Command::Remove(key.0.clone(), key.1, heard));
         }
+    }
+
+    /// Ends what came to the bound socket under this name.
+    fn dismiss(&self, key: &Key) -> bool {
+        let dismiss = |heard| Command::Dismiss(key.0.clone(), key.1, heard);
+        self.context.config.bind.is_some() && self.ask(BOUND, dismiss) == Some(true)
+    }
+
+    /// What a thread says to a command; `None` when it says nothing.
+    fn ask(
+        &self,
+        thread: usize,
+        command: impl FnOnce(SyncSender<bool>) -> Command,
+    ) -> Option<bool> {
+        let (heard, answer) = sync_channel(1);
+        let told = self.subscribers[thread].tell(command(heard));
+        let said = if told { answer.recv_timeout(ANSWER).ok() } else { None };
+        if said.is_none() {
+            tracing::error!(thread, "The subscriber thread does not answer.");
+        }
+        said
     }
 
     /// Closes the sockets, applies what is queued for `patience` at most, and joins the threads.

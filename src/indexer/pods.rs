@@ -21,6 +21,7 @@ use crate::{
         discovery::{self, PodsFile},
         fleet::PodDeclaration,
     },
+    model::RowId,
 };
 
 /// How long one engine may take to answer.
@@ -39,6 +40,20 @@ pub(crate) struct Pods {
     max_pods: usize,
     asked: Mutex<HashMap<Key, Asked>>,
     news: Notify,
+}
+
+/// A pods file, and what its last good version said.
+#[derive(Debug)]
+pub(crate) struct FollowedFile {
+    file: PodsFile,
+    known: BTreeMap<Key, PodDeclaration>,
+}
+
+impl FollowedFile {
+    /// The rows that it names.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = RowId> {
+        self.known.keys().map(|(pod, rank)| RowId { pod: Arc::from(pod.as_str()), rank: *rank })
+    }
 }
 
 #[derive(Debug)]
@@ -117,8 +132,8 @@ impl Pods {
         match answer {
             Ok(found) => {
                 let keys: Vec<Key> = found.iter().map(key).collect();
-                for (pod, rank) in entry.resolved.iter().filter(|old| !keys.contains(old)) {
-                    self.ingest.remove(pod, *rank);
+                for old in entry.resolved.iter().filter(|old| !keys.contains(old)) {
+                    self.ingest.remove_one(old);
                 }
                 for publisher in found {
                     let (pod, endpoint) = (publisher.pod.clone(), publisher.endpoint.clone());
@@ -138,6 +153,13 @@ impl Pods {
         }
     }
 
+    /// Begins to follow a pods file: reads it once.
+    pub(crate) fn open_file(&self, path: PathBuf) -> FollowedFile {
+        let mut file = FollowedFile { file: PodsFile::new(path), known: BTreeMap::new() };
+        self.look_at(&mut file);
+        file
+    }
+
     /// Follows a pods file until `stop`. A broken file keeps what the last good one said.
     ///
     /// # Errors
@@ -145,38 +167,41 @@ impl Pods {
     /// None; the type is that of supervised tasks.
     pub(crate) async fn run_file(
         &self,
-        path: PathBuf,
+        mut file: FollowedFile,
         every: Duration,
         stop: CancellationToken,
     ) -> anyhow::Result<()> {
-        let mut file = PodsFile::new(path.clone());
-        let mut known: BTreeMap<Key, PodDeclaration> = BTreeMap::new();
         loop {
-            match file.changed() {
-                Ok(None) => {}
-                Ok(Some(pods)) => {
-                    let new: BTreeMap<Key, PodDeclaration> =
-                        pods.into_iter().map(|pod| (key(&pod), pod)).collect();
-                    for ((pod, rank), _) in known.iter().filter(|(old, _)| !new.contains_key(*old))
-                    {
-                        self.remove(pod, *rank);
-                    }
-                    for pod in new.values() {
-                        if let Err(error) = self.add(pod.clone()) {
-                            tracing::error!(pod = %pod.pod, %error, "Pod of the pods file refused.");
-                        }
-                    }
-                    tracing::info!(pods = new.len(), path = %path.display(), "Pods file read.");
-                    known = new;
-                }
-                Err(error) => {
-                    tracing::error!(path = %path.display(), error = format!("{error:#}"), "Pods file cannot be used.");
-                }
-            }
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
                 () = tokio::time::sleep(every) => {}
+            }
+            self.look_at(&mut file);
+        }
+    }
+
+    fn look_at(&self, followed: &mut FollowedFile) {
+        let changed = followed.file.changed();
+        let path = followed.file.path().display();
+        match changed {
+            Ok(None) => {}
+            Ok(Some(pods)) => {
+                let new: BTreeMap<Key, PodDeclaration> =
+                    pods.into_iter().map(|pod| (key(&pod), pod)).collect();
+                for own in followed.known.keys().filter(|old| !new.contains_key(*old)) {
+                    self.remove_one(own);
+                }
+                for pod in new.values() {
+                    if let Err(error) = self.add(pod.clone()) {
+                        tracing::error!(pod = %pod.pod, %error, "Pod of the pods file refused.");
+                    }
+                }
+                tracing::info!(pods = new.len(), %path, "Pods file read.");
+                followed.known = new;
+            }
+            Err(error) => {
+                tracing::error!(%path, error = format!("{error:#}"), "Pods file cannot be used.");
             }
         }
     }
@@ -185,17 +210,25 @@ impl Pods {
     pub(crate) fn add(&self, declaration: PodDeclaration) -> Result<(), AddError> {
         let own = key(&declaration);
         if !is_asked(&declaration) {
-            self.forget(&own);
+            // It was asked before: what it answered is replaced as well.
+            for found in self.forget(&own).into_iter().filter(|found| *found != own) {
+                self.ingest.remove_one(&found);
+            }
             return self.ingest.add(declaration);
         }
         let mut asked = self.asked();
         if asked.get(&own).is_some_and(|known| known.declaration == declaration) {
             return Ok(());
         }
-        if asked.len() >= self.max_pods {
+        if asked.len() >= self.max_pods && !asked.contains_key(&own) {
             return Err(AddError::Refused(own.0));
         }
-        let resolved = asked.remove(&own).map_or_else(Vec::new, |old| old.resolved);
+        // What is subscribed stays until the engine has answered.
+        let resolved = match asked.remove(&own) {
+            Some(old) => old.resolved,
+            None if self.ingest.declaration(&own.0, own.1).is_some() => vec![own.clone()],
+            None => Vec::new(),
+        };
         let next = tokio::time::Instant::now();
         asked.insert(own, Asked { declaration, resolved, next, patience: ASK_SOON });
         drop(asked);
@@ -205,6 +238,13 @@ impl Pods {
 
     fn forget(&self, own: &Key) -> Vec<Key> {
         self.asked().remove(own).map_or_else(Vec::new, |old| old.resolved)
+    }
+
+    fn remove_one(&self, own: &Key) {
+        for found in self.forget(own) {
+            self.ingest.remove_one(&found);
+        }
+        self.ingest.remove_one(own);
     }
 
     fn remove(&self, pod: &str, rank: Option<u32>) -> bool {

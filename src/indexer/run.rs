@@ -14,7 +14,7 @@ use crate::{
             FleetCollector, ScoreMetrics,
             llmd::{self, IngestTotals, PodTotals},
         },
-        pods::Pods,
+        pods::{FollowedFile, Pods},
         ready, server,
         service::{Parts, Service},
         speculation::Speculations,
@@ -79,11 +79,10 @@ pub async fn run(
     )?;
     registry.register(Box::new(collector))?;
 
-    let known: Vec<RowId> = config
+    let mut known: Vec<RowId> = config
         .ingest
         .pods
         .iter()
-        .filter(|pod| !pod.endpoint.is_empty())
         .map(|pod| RowId { pod: Arc::from(pod.pod.as_str()), rank: pod.rank })
         .collect();
     let ingest = Arc::new(Ingest::start(
@@ -98,9 +97,13 @@ pub async fn run(
         llmd::register(&registry, move || totals(&fleet, &ingest, &ingest_metrics))?;
     }
     let pods = Arc::new(Pods::new(Arc::clone(&ingest), config.ingest.max_pods));
-    for pod in config.ingest.pods.iter().filter(|pod| !pod.endpoint.is_empty()) {
+    for pod in &config.ingest.pods {
         pods.add(pod.clone()).with_context(|| format!("pod {:?} of the configuration", pod.pod))?;
     }
+
+    // Read once before readiness is judged: its pods are known at start, too.
+    let pods_file = config.pods_file.clone().map(|path| pods.open_file(path));
+    known.extend(pods_file.iter().flat_map(FollowedFile::rows));
 
     let mut supervisor = Supervisor::new(requested.clone());
     let (ready_sender, ready) = watch::channel(false);
@@ -131,10 +134,10 @@ pub async fn run(
     supervisor.spawn(Stage::Receive, "discovery", |stop| async move {
         discovery.run_discovery(stop).await
     });
-    if let Some(path) = config.pods_file.clone() {
+    if let Some(file) = pods_file {
         let every = config.pods_file_poll;
         supervisor.spawn(Stage::Receive, "pods file", move |stop| async move {
-            pods.run_file(path, every, stop).await
+            pods.run_file(file, every, stop).await
         });
     }
     supervisor.spawn_thread(Stage::Apply, "ingest", move |stop| {

@@ -95,8 +95,14 @@ impl Applier {
         self.shared.fleet.changed();
     }
 
-    /// Every block goes; the whole history follows.
-    pub(crate) fn forget(&mut self) {
+    /// The same life from its beginning: every block goes, the whole history follows.
+    pub(crate) fn rebuild(&mut self) {
+        self.forget();
+        // Sequences that were visible are not any more.
+        self.row.new_epoch(self.epoch);
+    }
+
+    fn forget(&mut self) {
         self.index().clear(self.row.slot);
         self.count_mode(None);
         self.recover();
@@ -116,6 +122,8 @@ impl Applier {
 
     /// From here on the row counts like this; `None` = as configured.
     pub(crate) fn count_mode(&mut self, mode: Option<CountMode>) {
+        // What could not be read may have been a removal: one is enough until all is known again.
+        let mode = mode.or(self.damaged.map(|_| CountMode::Set));
         self.index().set_count_mode(self.row.slot, mode.unwrap_or(self.default_mode));
     }
 
@@ -127,8 +135,12 @@ impl Applier {
     fn publish(&self) {
         let (state, reason) = if self.muted {
             (PodState::Degraded, "unchained: engine keys are reused for other tokens".to_owned())
-        } else if let (Some(sequence), true) = (self.damaged, self.state == PodState::Live) {
+        } else if let (Some(sequence), PodState::Live | PodState::Partial) =
+            (self.damaged, self.state)
+        {
             (PodState::Degraded, format!("batch {sequence} could not be read in full"))
+        } else if self.dry && self.state == PodState::Live {
+            (PodState::Partial, "not indexed: the engine does not chain its hashes".to_owned())
         } else {
             (self.state, self.reason.to_string())
         };

@@ -28,7 +28,8 @@ pub const VISIBLE_HISTORY: usize = 4096;
 pub struct PodDeclaration {
     /// Name of the pod; the EPP matches endpoints by it.
     pub pod: String,
-    /// `tcp://host:port` of the PUB socket, or `http://host:port` of the engine, which is asked.
+    /// `tcp://host:port` of the PUB socket, or `http://host:port` of the engine, which is asked;
+    /// empty: the engine connects to our bound socket.
     pub endpoint: String,
     /// `tcp://host:port` of the replay socket.
     pub replay_endpoint: Option<String>,
@@ -61,7 +62,7 @@ pub struct Row {
     pub slot: PodSlot,
     /// Model that roots its request keys; empty while none is known (then nothing is indexed).
     pub model: Arc<str>,
-    /// Where its events come from.
+    /// Where its events come from; empty: the engine connects to us.
     pub endpoint: Arc<str>,
     /// Hash settings of its model.
     pub scheme: Arc<Scheme>,
@@ -137,6 +138,25 @@ impl RowStatus {
 }
 
 impl Row {
+    fn new(
+        id: RowId,
+        slot: PodSlot,
+        endpoint: &str,
+        scheme: &Arc<Scheme>,
+        model: &Arc<str>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            slot,
+            model: Arc::clone(model),
+            endpoint: Arc::from(endpoint),
+            scheme: Arc::clone(scheme),
+            status: Mutex::default(),
+            applied: Mutex::new(Applied { progress: START, visible: VecDeque::new() }),
+            progress: watch::Sender::new(START),
+        })
+    }
+
     /// A copy of the changing part.
     #[must_use]
     pub fn status(&self) -> RowStatus {
@@ -302,22 +322,36 @@ impl Fleet {
         count_mode: CountMode,
     ) -> Option<Arc<Row>> {
         let _writing = lock(&self.writing);
-        let slot = self.index.register(PodSpec {
-            scheme: Arc::clone(scheme),
-            model: Arc::clone(model),
-            count_mode,
-        })?;
-        let row = Arc::new(Row {
-            id,
-            slot,
-            model: Arc::clone(model),
-            endpoint: Arc::from(endpoint),
-            scheme: Arc::clone(scheme),
-            status: Mutex::default(),
-            applied: Mutex::new(Applied { progress: START, visible: VecDeque::new() }),
-            progress: watch::Sender::new(START),
-        });
+        let spec = PodSpec { scheme: Arc::clone(scheme), model: Arc::clone(model), count_mode };
+        let slot = self.index.register(spec)?;
+        let row = Row::new(id, slot, endpoint, scheme, model);
         let mut rows = self.table.load().rows.clone();
+        rows.push(Arc::clone(&row));
+        self.publish(rows);
+        Some(row)
+    }
+
+    /// Adds a row in the place of one whose identity turned out to be another; it keeps the status.
+    /// Needs no room beside the old one. `None` only when the index has no slot left though one was
+    /// just freed.
+    #[must_use]
+    pub fn replace(
+        &self,
+        old: &Row,
+        id: RowId,
+        scheme: &Arc<Scheme>,
+        model: &Arc<str>,
+        count_mode: CountMode,
+    ) -> Option<Arc<Row>> {
+        let _writing = lock(&self.writing);
+        let mut rows = self.table.load().rows.clone();
+        rows.retain(|row| row.slot != old.slot);
+        self.publish(rows.clone());
+        self.index.unregister(old.slot);
+        let spec = PodSpec { scheme: Arc::clone(scheme), model: Arc::clone(model), count_mode };
+        let slot = self.index.register(spec)?;
+        let row = Row::new(id, slot, &old.endpoint, scheme, model);
+        row.update(|status| *status = old.status());
         rows.push(Arc::clone(&row));
         self.publish(rows);
         Some(row)

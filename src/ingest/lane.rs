@@ -107,7 +107,7 @@ impl Pipe {
                     }
                 }
                 Item::Reset { epoch } => applier.reset(epoch),
-                Item::Rebuild => applier.forget(),
+                Item::Rebuild => applier.rebuild(),
                 Item::CountMode(mode) => applier.count_mode(mode),
                 Item::State(state, reason) => applier.state(state, reason),
             }
@@ -145,14 +145,14 @@ impl Ready {
 
 struct Stopped;
 
-/// Every pipe and its lane, for housekeeping.
-type Known = Vec<(usize, Weak<Pipe>)>;
+/// Every pipe with its lane.
+type Pipes = Vec<(usize, Weak<Pipe>)>;
 
 /// The writer threads.
 #[derive(Debug)]
 pub(crate) struct Lanes {
     ready: Vec<Arc<Ready>>,
-    pipes: Arc<Mutex<Known>>,
+    pipes: Arc<Mutex<Pipes>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     next: AtomicUsize,
 }
@@ -224,7 +224,7 @@ impl Lanes {
     }
 }
 
-fn run(lane: usize, ready: &Ready, pipes: &Mutex<Known>) {
+fn run(lane: usize, ready: &Ready, pipes: &Mutex<Pipes>) {
     let mut swept = Instant::now();
     while let Ok(pipe) = ready.pop(HOUSEKEEPING) {
         if let Some(pipe) = pipe {

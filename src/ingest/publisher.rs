@@ -25,6 +25,18 @@ use crate::{
 /// Payload bytes that wait for a model name at most; it may never come.
 const MAX_WAITING_BYTES: usize = 16 << 20;
 
+/// Why a publisher without a model is not indexed.
+const NO_MODEL: &str = "no model is known, so nothing is indexed";
+
+/// Frames beyond this make libzmq cut the connection, with whatever else is under way on it. So
+/// what is a little over the limit of a payload is let in, to be refused alone.
+pub(crate) fn most_frame_bytes(config: &IngestConfig) -> i64 {
+    i64::try_from(config.limits.payload_bytes.saturating_mul(2)).unwrap_or(i64::MAX).max(4 << 20)
+}
+
+/// What a batch costs beside its payload while it waits, bytes.
+const WAITING_OVERHEAD: usize = 128;
+
 type Actions = Vec<Action<Frame>>;
 
 /// What publishers of one process share.
@@ -33,7 +45,6 @@ pub(crate) struct Context {
     pub(crate) models: Models,
     pub(crate) shared: Arc<Shared>,
     pub(crate) lanes: Lanes,
-    pub(crate) zmq: zmq::Context,
 }
 
 impl std::fmt::Debug for Context {
@@ -51,7 +62,11 @@ pub(crate) struct Publisher {
     pipe: Arc<Pipe>,
     /// Items that wait for the row to be settled, and their bytes.
     waiting: Option<(VecDeque<Item>, usize)>,
+    /// Rank of the first batch that named one, when none is declared.
+    learnt: Option<u32>,
     warned: bool,
+    /// Where its sockets are made; a share in the context's limit on sockets.
+    zmq: Arc<zmq::Context>,
     /// The open replay request.
     dealer: Option<zmq::Socket>,
     actions: Actions,
@@ -62,10 +77,22 @@ impl Publisher {
     pub(crate) fn new(
         context: &Arc<Context>,
         declaration: &Arc<PodDeclaration>,
+        zmq: &Arc<zmq::Context>,
         now: Instant,
     ) -> Option<Self> {
         let model = declaration.model.as_deref().unwrap_or_default();
-        let (row, pipe) = Self::row(context, declaration, declaration.rank, model)?;
+        let canonical = context.models.canonical(model);
+        let id = RowId { pod: Arc::from(declaration.pod.as_str()), rank: declaration.rank };
+        let row = context.shared.fleet.add(
+            id,
+            &declaration.endpoint,
+            context.models.scheme(canonical),
+            &Arc::from(canonical),
+            declaration.count_mode,
+        )?;
+        // Whoever sends on our bound socket is connected.
+        row.update(|status| status.connected = declaration.endpoint.is_empty());
+        let pipe = context.lanes.pipe(Applier::new(&context.shared, &row, declaration));
         let replay = declaration.replay_endpoint.as_ref().map(|_| context.config.replay.clone());
         let config = SequencerConfig { first_sequence: declaration.first_sequence, replay };
         let mut publisher = Self {
@@ -77,7 +104,9 @@ impl Publisher {
             // With both known there is nothing to wait for, not even for a first message.
             waiting: (declaration.model.is_none() || declaration.rank.is_none())
                 .then(Default::default),
+            learnt: None,
             warned: false,
+            zmq: Arc::clone(zmq),
             dealer: None,
             actions: Vec::new(),
         };
@@ -85,33 +114,18 @@ impl Publisher {
         Some(publisher)
     }
 
-    fn row(
-        context: &Arc<Context>,
-        declaration: &PodDeclaration,
-        rank: Option<u32>,
-        model: &str,
-    ) -> Option<(Arc<Row>, Arc<Pipe>)> {
-        let model = context.models.canonical(model);
-        let fleet = &context.shared.fleet;
-        let id = RowId { pod: Arc::from(declaration.pod.as_str()), rank };
-        let scheme = context.models.scheme(model);
-        let row = fleet.add(
-            id,
-            &declaration.endpoint,
-            scheme,
-            &Arc::from(model),
-            declaration.count_mode,
-        )?;
-        let pipe = context.lanes.pipe(Applier::new(&context.shared, &row, declaration));
-        Some((row, pipe))
+    pub(crate) fn zmq(&self) -> Arc<zmq::Context> {
+        Arc::clone(&self.zmq)
     }
 
-    pub(crate) fn row_id(&self) -> &RowId {
-        &self.row.id
+    /// Can a batch of this rank be its own?
+    pub(crate) fn takes(&self, rank: Option<u32>) -> bool {
+        self.declaration.rank.is_some()
+            || rank.is_none()
+            || self.learnt.is_none_or(|learnt| Some(learnt) == rank)
     }
 
-    /// Is there room for one more message? Otherwise it counts as lost, and the sequencer will ask
-    /// for it again.
+    /// Is there room for one more message? Otherwise it is lost, and the sequencer is told.
     pub(crate) fn has_room(&self) -> bool {
         let config = &self.context.config;
         let waiting = self.waiting.as_ref().map_or(0, |(_, bytes)| *bytes);
@@ -139,7 +153,12 @@ impl Publisher {
     ) {
         self.context.shared.metrics.messages.inc();
         self.row.update(|status| status.messages += 1);
+        // First, since it may make room: what waits for a model waits no more.
         let message = self.parse(model, sequence, header, payload);
+        if !self.has_room() {
+            self.context.shared.metrics.dropped.with_label_values(&["queue_full"]).inc();
+            return self.drive(|sequencer, out| sequencer.lost(sequence, now, out));
+        }
         self.drive(|sequencer, out| sequencer.message(message, now, out));
     }
 
@@ -182,10 +201,11 @@ impl Publisher {
         header: Option<&BatchHeader>,
         payload: Frame,
     ) -> Message<Frame> {
-        if self.waiting.is_some()
-            && let Some(header) = header
-        {
-            self.settle(model, header.rank);
+        if let Some(header) = header {
+            self.learnt = self.learnt.or(header.rank);
+            if self.waiting.is_some() {
+                self.settle(model, header.rank);
+            }
         }
         // A payload that is no batch keeps its place in the order; the lane rejects it. Its time
         // is the beginning of all times, so that it can never start a new life.
@@ -201,11 +221,11 @@ impl Publisher {
     /// Replaces the provisional row by the final one and lets what waited go.
     fn settle(&mut self, model: &str, rank: Option<u32>) {
         let model = self.declaration.model.clone().unwrap_or_else(|| model.to_owned());
-        let rank = self.declaration.rank.or(rank);
+        let rank = self.declaration.rank.or(self.learnt).or(rank);
         if model.is_empty() {
             if !self.warned {
                 self.warned = true;
-                self.row.update(|status| status.reason = "no model is known".to_owned());
+                self.row.update(|status| status.reason = NO_MODEL.to_owned());
                 tracing::warn!(
                     pod = %self.row.id,
                     "No model in declaration or topic; the pod is not indexed until one is known.",
@@ -214,16 +234,23 @@ impl Publisher {
             return;
         }
         if self.row.id.rank != rank || *self.row.model != *self.context.models.canonical(&model) {
-            let new = Self::row(&self.context, &self.declaration, rank, &model);
-            let Some((row, pipe)) = new else {
-                self.context.shared.metrics.refuse("max_pods");
+            let (context, models) = (&self.context, &self.context.models);
+            let model = models.canonical(&model);
+            self.pipe.close();
+            let new = context.shared.fleet.replace(
+                &self.row,
+                RowId { pod: Arc::clone(&self.row.id.pod), rank },
+                models.scheme(model),
+                &Arc::from(model),
+                self.declaration.count_mode,
+            );
+            let Some(row) = new else {
+                // Not while rows are added through the fleet alone: it has just freed a slot.
+                tracing::error!(pod = %self.row.id, "No slot for a row that had one.");
                 return;
             };
-            let status = self.row.status();
-            row.update(|fresh| *fresh = status);
-            self.pipe.close();
-            self.context.shared.fleet.remove(self.row.slot);
-            (self.row, self.pipe) = (row, pipe);
+            let applier = Applier::new(&context.shared, &row, &self.declaration);
+            (self.row, self.pipe) = (row, context.lanes.pipe(applier));
         }
         for item in self.waiting.take().into_iter().flat_map(|(items, _)| items) {
             self.pipe.push(item);
@@ -260,7 +287,8 @@ impl Publisher {
         for action in actions.drain(..) {
             match action {
                 Action::Deliver(message) => {
-                    self.push(Item::Batch { sequence: message.sequence, payload: message.payload });
+                    let Message { sequence, payload, .. } = message;
+                    self.push(Item::Batch { sequence, payload });
                 }
                 Action::Reset { epoch } => self.push(Item::Reset { epoch }),
                 Action::Rebuild => self.push(Item::Rebuild),
@@ -287,7 +315,7 @@ impl Publisher {
             // Nothing is applied yet, so the state is true at once.
             self.row.update(|status| {
                 status.state = state;
-                status.reason = reason.to_string();
+                status.reason = if self.warned { NO_MODEL.to_owned() } else { reason.to_string() };
             });
             self.context.shared.fleet.changed();
         }
@@ -296,8 +324,14 @@ impl Publisher {
     fn push(&mut self, item: Item) {
         match &mut self.waiting {
             Some((items, bytes)) => {
-                if let Item::Batch { payload, .. } = &item {
-                    *bytes += payload.len();
+                match (&item, items.back_mut()) {
+                    (Item::Batch { payload, .. }, _) => *bytes += payload.len() + WAITING_OVERHEAD,
+                    // States in between were shown; a connection that flaps must not pile them up.
+                    (Item::State(..), Some(last @ Item::State(..))) => {
+                        *last = item;
+                        return;
+                    }
+                    _ => {}
                 }
                 items.push_back(item);
             }
@@ -319,8 +353,9 @@ impl Publisher {
     }
 
     fn open(&self, endpoint: &str, from: u64) -> zmq::Result<zmq::Socket> {
-        let dealer = self.context.zmq.socket(zmq::DEALER)?;
+        let dealer = self.zmq.socket(zmq::DEALER)?;
         dealer.set_linger(0)?;
+        dealer.set_maxmsgsize(most_frame_bytes(&self.context.config))?;
         dealer.set_rcvhwm(self.context.config.receive_high_water_mark)?;
         dealer.set_ipv6(true)?;
         dealer.set_reconnect_ivl(200)?;

@@ -188,6 +188,44 @@ impl<P> Sequencer<P> {
         self.publish(out);
     }
 
+    /// A message of the live stream that the caller had no room for: known to be missing, and asked
+    /// for where there is a replay.
+    pub fn lost(&mut self, sequence: u64, now: Instant, out: &mut Vec<Action<P>>) {
+        // An old number tells nothing without its payload; the messages after it will.
+        if sequence < self.expected() || sequence == u64::MAX {
+            return;
+        }
+        let cooling = self.cooldown_until.is_some_and(|until| now < until);
+        let asks = self.fill.is_some() || (self.config.replay.is_some() && !cooling);
+        if self.applied.is_none() && !asks {
+            // The first message that can be taken in will show that there were others.
+            return;
+        }
+        self.joined = true;
+        self.seen = self.seen.max(Some(sequence));
+        if let Some(fill) = &mut self.fill {
+            fill.bounded = true;
+        } else if asks {
+            out.push(Action::Count(Counter::Gap));
+            self.abandon_heal(now);
+            self.begin_fill(None, now, out);
+            let at = self.expected();
+            if let Some(fill) = &mut self.fill {
+                fill.bounded = true;
+                if self.applied.is_some() {
+                    fill.reason = Reason::Gap { missing: sequence - at + 1, at };
+                }
+            }
+        } else if self.trust.0 == PodState::Degraded {
+            // Said already; a flood must not say it again and again.
+            self.loss_ends = self.expected();
+        } else {
+            self.lost_tail(if cooling { Loss::Silent } else { Loss::NoReplay }, out);
+            self.plan_heal(now);
+        }
+        self.publish(out);
+    }
+
     /// The connection of the live stream is gone.
     pub fn disconnected(&mut self, _now: Instant, out: &mut Vec<Action<P>>) {
         if !self.stale {

@@ -9,7 +9,7 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -21,9 +21,11 @@ use std::{
 
 use crate::{
     ingest::{
+        Key,
         fleet::{PodDeclaration, lock},
         frame::{self, Frame},
-        publisher::{Context, Publisher},
+        line::{Change, Line},
+        publisher::{Context, Publisher, most_frame_bytes},
     },
     wire::{DecodeError, Frames, Topic, header},
 };
@@ -34,6 +36,13 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const ROUND: usize = 64;
 /// Commands that wait at most.
 const COMMANDS: usize = 4096;
+/// Publishers per ZeroMQ context. Each may have four sockets, its monitor's ends included, and
+/// libzmq allows 1 023 to a context.
+const CROWD: usize = 200;
+/// ZMTP's longest time to live, milliseconds.
+const MOST_TTL_MS: i32 = 6_553_500;
+/// How long a handshake may take at most, milliseconds; libzmq's default.
+const MOST_HANDSHAKE_MS: i32 = 30_000;
 
 /// What a thread is told.
 pub(crate) enum Command {
@@ -43,6 +52,11 @@ pub(crate) enum Command {
     Remove(String, Option<u32>, SyncSender<bool>),
     /// Serve engines that connect to us.
     Bind(String, SyncSender<Result<String, String>>),
+    /// Engines of this pod and rank may connect to us. Heard when what was there of it is gone.
+    Expect(Arc<PodDeclaration>, SyncSender<bool>),
+    /// End what came to the bound socket under this pod and rank, and expect it no more; heard when
+    /// every trace is gone.
+    Dismiss(String, Option<u32>, SyncSender<bool>),
 }
 
 /// A running thread.
@@ -66,11 +80,11 @@ impl Subscriber {
     ///
     /// When a socket or the thread cannot be made.
     pub(crate) fn start(context: &Arc<Context>, number: usize) -> anyhow::Result<Self> {
-        let endpoint = format!("inproc://subscriber-{number}");
-        let asleep = context.zmq.socket(zmq::PAIR)?;
-        asleep.bind(&endpoint)?;
-        let wake = context.zmq.socket(zmq::PAIR)?;
-        wake.connect(&endpoint)?;
+        let zmq = Arc::new(zmq::Context::new());
+        let asleep = zmq.socket(zmq::PAIR)?;
+        asleep.bind("inproc://subscriber")?;
+        let wake = zmq.socket(zmq::PAIR)?;
+        wake.connect("inproc://subscriber")?;
         let (commands, inbox) = sync_channel(COMMANDS);
         let stop = Arc::new(AtomicBool::new(false));
         let mut worker = Worker {
@@ -79,7 +93,7 @@ impl Subscriber {
             inbox,
             stop: Arc::clone(&stop),
             sources: Vec::new(),
-            number,
+            contexts: vec![zmq],
             opened: 0,
         };
         let thread = std::thread::Builder::new()
@@ -121,7 +135,8 @@ struct Worker {
     inbox: Receiver<Command>,
     stop: Arc<AtomicBool>,
     sources: Vec<Source>,
-    number: usize,
+    /// A new one when the others are [crowded](CROWD).
+    contexts: Vec<Arc<zmq::Context>>,
     /// Sources opened so far: names their monitors.
     opened: usize,
 }
@@ -129,29 +144,39 @@ struct Worker {
 /// One SUB socket and the publishers behind it.
 struct Source {
     sub: zmq::Socket,
-    monitor: Option<zmq::Socket>,
     kind: Kind,
-    connected_before: bool,
 }
 
 enum Kind {
     /// We connect to one engine; its first rank is the lead, which has the replay socket.
     Connect {
         declaration: Arc<PodDeclaration>,
+        line: Line,
         lead: Box<Publisher>,
         others: HashMap<u32, Publisher>,
     },
     /// Engines connect to us.
-    Bind { publishers: HashMap<(String, Option<u32>), Publisher> },
+    Bind { expected: Expected, publishers: HashMap<Key, Publisher> },
 }
 
+/// Pods that may connect to us; without a rank, every rank of the pod.
+type Expected = HashMap<Key, Arc<PodDeclaration>>;
+
 impl Source {
+    /// Closes the sockets and hands over what they served; a source must not just be dropped.
+    fn close(self) -> Kind {
+        if let Kind::Connect { line, .. } = &self.kind {
+            line.close(&self.sub);
+        }
+        self.kind
+    }
+
     fn publishers(&mut self) -> Vec<&mut Publisher> {
         match &mut self.kind {
             Kind::Connect { lead, others, .. } => {
                 std::iter::once(&mut **lead).chain(others.values_mut()).collect()
             }
-            Kind::Bind { publishers } => publishers.values_mut().collect(),
+            Kind::Bind { publishers, .. } => publishers.values_mut().collect(),
         }
     }
 }
@@ -165,7 +190,9 @@ impl Worker {
             }
         }
         // Rows stay: what is queued is still applied, and the last snapshot is served until exit.
-        self.sources.clear();
+        for source in self.sources.drain(..) {
+            drop(source.close());
+        }
     }
 
     fn round(&mut self) -> zmq::Result<()> {
@@ -177,10 +204,8 @@ impl Worker {
         let now = Instant::now();
         for at in 0..self.sources.len() {
             // Sources added by a command just now are read in the next round.
-            let Some(&(sub, monitor, dealer)) = ready.get(at) else { break };
-            if monitor {
-                self.watch(at, now);
-            }
+            let Some(&(sub, dealer)) = ready.get(at) else { break };
+            self.watch(at, now);
             if sub {
                 self.receive(at, now);
             }
@@ -198,23 +223,23 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for any socket. Answers, per source: is the SUB, the monitor, any DEALER readable?
-    fn poll(&mut self) -> zmq::Result<Vec<(bool, bool, bool)>> {
+    /// Waits for any socket. Answers, per source: is the SUB, is any DEALER readable?
+    fn poll(&mut self) -> zmq::Result<Vec<(bool, bool)>> {
         let now = Instant::now();
         let mut patience = PATIENCE;
         let mut items = vec![self.asleep.as_poll_item(zmq::POLLIN)];
         let mut dealers = Vec::with_capacity(self.sources.len());
         for source in &self.sources {
             items.push(source.sub.as_poll_item(zmq::POLLIN));
-            if let Some(monitor) = &source.monitor {
-                items.push(monitor.as_poll_item(zmq::POLLIN));
+            if let Kind::Connect { line, .. } = &source.kind {
+                items.push(line.poll_item());
             }
             let before = items.len();
             let publishers: Vec<&Publisher> = match &source.kind {
                 Kind::Connect { lead, others, .. } => {
                     std::iter::once(&**lead).chain(others.values()).collect()
                 }
-                Kind::Bind { publishers } => publishers.values().collect(),
+                Kind::Bind { publishers, .. } => publishers.values().collect(),
             };
             for publisher in publishers {
                 if let Some(dealer) = publisher.dealer() {
@@ -239,9 +264,11 @@ impl Worker {
             .zip(dealers)
             .map(|(source, dealers)| {
                 let sub = next();
-                let monitor = source.monitor.is_some() && next();
+                if let Kind::Connect { .. } = source.kind {
+                    next();
+                }
                 let dealer = (0..dealers).fold(false, |any, _| next() | any);
-                (sub, monitor, dealer)
+                (sub, dealer)
             })
             .collect())
     }
@@ -270,9 +297,9 @@ impl Worker {
                     }
                     Kind::Bind { .. } => false,
                 });
-                let found = at.map(|at| self.sources.swap_remove(at));
+                let found = at.map(|at| self.sources.swap_remove(at).close());
                 let any = found.is_some();
-                if let Some(Source { kind: Kind::Connect { lead, others, .. }, .. }) = found {
+                if let Some(Kind::Connect { lead, others, .. }) = found {
                     lead.remove();
                     others.into_values().for_each(Publisher::remove);
                 }
@@ -282,16 +309,56 @@ impl Worker {
                 let bound = self.bind(&endpoint).map_err(|error| error.to_string());
                 heard.try_send(bound).unwrap_or_default();
             }
+            Command::Expect(declaration, heard) => {
+                let key = (declaration.pod.clone(), declaration.rank);
+                self.dismiss(&key);
+                let bound = self.bound();
+                let added = bound.map(|(expected, _)| expected.insert(key, declaration)).is_some();
+                heard.try_send(added).unwrap_or_default();
+            }
+            Command::Dismiss(pod, rank, heard) => {
+                let any = self.dismiss(&(pod, rank));
+                heard.try_send(any).unwrap_or_default();
+            }
         }
     }
 
-    fn socket(&self) -> zmq::Result<zmq::Socket> {
+    fn bound(&mut self) -> Option<(&mut Expected, &mut HashMap<Key, Publisher>)> {
+        self.sources.iter_mut().find_map(|source| match &mut source.kind {
+            Kind::Bind { expected, publishers } => Some((expected, publishers)),
+            Kind::Connect { .. } => None,
+        })
+    }
+
+    fn dismiss(&mut self, key: &Key) -> bool {
+        let Some((expected, publishers)) = self.bound() else { return false };
+        let was_expected = expected.remove(key).is_some();
+        let (pod, rank) = key;
+        let ends = |of: &Key| of.0 == *pod && (rank.is_none() || of.1 == *rank);
+        let gone: Vec<Publisher> =
+            publishers.extract_if(|of, _| ends(of)).map(|(_, publisher)| publisher).collect();
+        let any = was_expected || !gone.is_empty();
+        gone.into_iter().for_each(Publisher::remove);
+        any
+    }
+
+    /// A context with room for one more publisher.
+    fn room(&mut self) -> Arc<zmq::Context> {
+        if let Some(roomy) = self.contexts.iter().find(|c| Arc::strong_count(c) <= CROWD) {
+            return Arc::clone(roomy);
+        }
+        let new = Arc::new(zmq::Context::new());
+        self.contexts.push(Arc::clone(&new));
+        new
+    }
+
+    fn socket(&self, zmq: &zmq::Context) -> zmq::Result<zmq::Socket> {
         let config = &self.context.config;
         let millis = |duration: Duration| i32::try_from(duration.as_millis()).unwrap_or(i32::MAX);
-        let sub = self.context.zmq.socket(zmq::SUB)?;
+        let sub = zmq.socket(zmq::SUB)?;
         sub.set_linger(0)?;
         sub.set_rcvhwm(config.receive_high_water_mark)?;
-        sub.set_maxmsgsize(i64::try_from(config.limits.payload_bytes).unwrap_or(i64::MAX))?;
+        sub.set_maxmsgsize(most_frame_bytes(config))?;
         sub.set_ipv6(true)?;
         // Jitter: a fleet's subscribers must not all come back in the same instant.
         let jitter = 1.0 + f64::from(self.opened as u32 * 7919 % 1000) / 1000.0;
@@ -300,7 +367,10 @@ impl Worker {
         if !config.heartbeat.is_zero() {
             sub.set_heartbeat_ivl(millis(config.heartbeat))?;
             sub.set_heartbeat_timeout(millis(config.heartbeat * 2))?;
-            sub.set_heartbeat_ttl(millis(config.heartbeat * 3))?;
+            sub.set_heartbeat_ttl(millis(config.heartbeat * 3).min(MOST_TTL_MS))?;
+            // A peer that accepts and then says nothing is as silent as one that stops.
+            let handshake = millis(config.heartbeat * 3).clamp(1_000, MOST_HANDSHAKE_MS);
+            sub.set_handshake_ivl(handshake)?;
         }
         sub.set_tcp_keepalive(1)?;
         Ok(sub)
@@ -308,62 +378,64 @@ impl Worker {
 
     fn connect(&mut self, declaration: &Arc<PodDeclaration>) -> zmq::Result<Option<Source>> {
         self.opened += 1;
-        let sub = self.socket()?;
+        let zmq = self.room();
+        let sub = self.socket(&zmq)?;
         sub.set_subscribe(declaration.topic_filter.as_bytes())?;
-        let name = format!("inproc://monitor-{}-{}", self.number, self.opened);
-        let events =
-            zmq::SocketEvent::HANDSHAKE_SUCCEEDED as i32 | zmq::SocketEvent::DISCONNECTED as i32;
-        sub.monitor(&name, events)?;
-        let monitor = self.context.zmq.socket(zmq::PAIR)?;
-        monitor.connect(&name)?;
-        sub.connect(&declaration.endpoint)?;
-        let Some(lead) = Publisher::new(&self.context, declaration, Instant::now()) else {
+        let Some(lead) = Publisher::new(&self.context, declaration, &zmq, Instant::now()) else {
             return Ok(None);
+        };
+        let line = match Line::watch(&zmq, &sub, self.opened, &self.context.config) {
+            Ok(line) => line,
+            Err(error) => {
+                lead.remove();
+                return Err(error);
+            }
         };
         let kind = Kind::Connect {
             declaration: Arc::clone(declaration),
+            line,
             lead: Box::new(lead),
             others: HashMap::new(),
         };
-        Ok(Some(Source { sub, monitor: Some(monitor), kind, connected_before: false }))
+        let source = Source { sub, kind };
+        if let Err(error) = source.sub.connect(&declaration.endpoint) {
+            if let Kind::Connect { lead, .. } = source.close() {
+                lead.remove();
+            }
+            return Err(error);
+        }
+        Ok(Some(source))
     }
 
     fn bind(&mut self, endpoint: &str) -> zmq::Result<String> {
         self.opened += 1;
-        let sub = self.socket()?;
+        let zmq = self.room();
+        let sub = self.socket(&zmq)?;
         sub.set_subscribe(self.context.config.topic_filter.as_bytes())?;
         sub.bind(endpoint)?;
         let bound = sub.get_last_endpoint()?.unwrap_or_else(|_| endpoint.to_owned());
-        let kind = Kind::Bind { publishers: HashMap::new() };
-        self.sources.push(Source { sub, monitor: None, kind, connected_before: false });
+        let kind = Kind::Bind { expected: HashMap::new(), publishers: HashMap::new() };
+        self.sources.push(Source { sub, kind });
         Ok(bound)
     }
 
-    /// Connection events: `[u16 event, u32 value]`, then the peer's address.
+    /// What became of the connection. Looked at before every batch of messages: a new connection
+    /// must be known before what came over it.
     fn watch(&mut self, at: usize, now: Instant) {
-        let source = &mut self.sources[at];
-        let mut events = Vec::new();
-        if let Some(monitor) = &source.monitor {
-            while let Ok(frames) = monitor.recv_multipart(zmq::DONTWAIT) {
-                if let Some(&[low, high, ..]) = frames.first().map(Vec::as_slice) {
-                    events.push(u16::from_ne_bytes([low, high]));
+        let (context, source) = (&self.context, &mut self.sources[at]);
+        let Kind::Connect { declaration, line, lead, others } = &mut source.kind else { return };
+        while let Some(change) = line.news(&context.config, now) {
+            if change == (Change::Up { again: true }) {
+                context.shared.metrics.reconnections.inc();
+            }
+            for publisher in std::iter::once(&mut **lead).chain(others.values_mut()) {
+                match change {
+                    Change::Up { .. } => publisher.connected(now),
+                    Change::Down => publisher.disconnected(now),
                 }
             }
         }
-        for event in events {
-            let connected = event == zmq::SocketEvent::HANDSHAKE_SUCCEEDED as u16;
-            if connected && source.connected_before {
-                self.context.shared.metrics.reconnections.inc();
-            }
-            source.connected_before |= connected;
-            for publisher in source.publishers() {
-                if connected {
-                    publisher.connected(now);
-                } else {
-                    publisher.disconnected(now);
-                }
-            }
-        }
+        line.mend(&source.sub, &declaration.endpoint, &context.config, now);
     }
 
     /// Takes in up to a round of live messages.
@@ -386,75 +458,99 @@ impl Worker {
         let sequence = Frames::split(&frames)?.sequence;
         let (Some(payload), Some(topic)) = (frames.pop(), frames.first()) else { return Ok(()) };
         let Topic { pod, model } = Topic::parse(topic, MAX_POD_ID_BYTES)?;
-        let context = &self.context;
-        let header = header(&payload, &context.config.limits);
+        let header = header(&payload, &self.context.config.limits);
+        if let Kind::Bind { .. } = self.sources[at].kind {
+            // Without its rank a message belongs to nobody.
+            let rank = header.as_ref().map_err(DecodeError::clone)?.rank;
+            if !self.admit(at, &pod, rank, &model, now) {
+                return Ok(());
+            }
+        }
         let publisher = match &mut self.sources[at].kind {
-            Kind::Connect { declaration, lead, others } => {
+            Kind::Bind { publishers, .. } => {
+                let rank = header.as_ref().ok().and_then(|header| header.rank);
+                publishers.get_mut(&(pod.into_owned(), rank))
+            }
+            Kind::Connect { declaration, line, lead, others } => {
                 // Only an engine that sends several ranks over one socket needs a second look.
                 let rank = header.as_ref().ok().and_then(|header| header.rank);
-                let leads = declaration.rank.is_some()
-                    || rank.is_none()
-                    || lead.row_id().rank.is_none_or(|known| Some(known) == rank);
-                match rank.filter(|_| !leads) {
-                    None => &mut **lead,
-                    Some(rank) => match others.entry(rank) {
-                        std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-                        std::collections::hash_map::Entry::Vacant(vacant) => {
+                match rank.filter(|_| !lead.takes(rank)) {
+                    None => Some(&mut **lead),
+                    Some(rank) => {
+                        if let Entry::Vacant(vacant) = others.entry(rank) {
                             let own = Arc::new(PodDeclaration {
                                 rank: Some(rank),
                                 replay_endpoint: None,
                                 ..PodDeclaration::clone(declaration)
                             });
-                            let Some(new) = Publisher::new(context, &own, now) else {
-                                context.shared.metrics.refuse("max_pods");
-                                return Ok(());
-                            };
-                            vacant.insert(new)
+                            let zmq = lead.zmq();
+                            match Publisher::new(&self.context, &own, &zmq, now) {
+                                Some(mut new) => {
+                                    if line.is_up() {
+                                        new.connected(now);
+                                    }
+                                    vacant.insert(new);
+                                }
+                                None => self.context.shared.metrics.refuse("max_pods"),
+                            }
                         }
-                    },
-                }
-            }
-            Kind::Bind { publishers } => {
-                // Without its rank a message belongs to nobody.
-                let rank = header.as_ref().map_err(DecodeError::clone)?.rank;
-                let declared =
-                    context.config.pods.iter().find(|known| {
-                        known.pod == *pod && known.rank.is_none_or(|r| Some(r) == rank)
-                    });
-                let key = (pod.clone().into_owned(), rank);
-                if !publishers.contains_key(&key) {
-                    let mut declaration = match declared {
-                        Some(declared) => declared.clone(),
-                        None if context.config.allow_unconfigured_pods && !pod.is_empty() => {
-                            PodDeclaration { pod: pod.clone().into_owned(), ..Default::default() }
-                        }
-                        None => {
-                            context.shared.metrics.refuse("unconfigured");
-                            return Ok(());
-                        }
-                    };
-                    declaration.rank = rank;
-                    if declaration.model.is_none() && !model.is_empty() {
-                        declaration.model = Some(model.clone().into_owned());
+                        others.get_mut(&rank)
                     }
-                    let Some(new) = Publisher::new(context, &Arc::new(declaration), now) else {
-                        context.shared.metrics.refuse("max_pods");
-                        return Ok(());
-                    };
-                    publishers.insert(key.clone(), new);
                 }
-                let Some(publisher) = publishers.get_mut(&key) else { return Ok(()) };
-                publisher
             }
         };
-        if publisher.has_room() {
-            let header = header.ok();
-            publisher.message(&model, sequence, header.as_ref(), payload, now);
-        } else {
-            // As if the network had lost it: the next message shows the gap.
-            context.shared.metrics.dropped.with_label_values(&["queue_full"]).inc();
-        }
+        let Some(publisher) = publisher else { return Ok(()) };
+        publisher.message(&model, sequence, header.ok().as_ref(), payload, now);
         Ok(())
+    }
+
+    /// Is this publisher known on the bound socket, or may it be from now on?
+    fn admit(
+        &mut self,
+        at: usize,
+        pod: &str,
+        rank: Option<u32>,
+        model: &str,
+        now: Instant,
+    ) -> bool {
+        let context = Arc::clone(&self.context);
+        let Kind::Bind { expected, publishers } = &self.sources[at].kind else { return false };
+        let key = (pod.to_owned(), rank);
+        if publishers.contains_key(&key) {
+            return true;
+        }
+        let declared = expected.get(&key).or_else(|| expected.get(&(key.0.clone(), None)));
+        let elsewhere =
+            || context.shared.fleet.table().pod(pod).iter().any(|row| !row.endpoint.is_empty());
+        let mut declaration = match declared {
+            Some(declared) => PodDeclaration::clone(declared),
+            None if !context.config.allow_unconfigured_pods || pod.is_empty() => {
+                context.shared.metrics.refuse("unconfigured");
+                return false;
+            }
+            // A pod that we connect to does not come by itself as well: somebody uses its name.
+            None if elsewhere() => {
+                context.shared.metrics.refuse("declared_elsewhere");
+                return false;
+            }
+            None => PodDeclaration { pod: pod.to_owned(), ..Default::default() },
+        };
+        if declaration.rank.is_none() && rank.is_some_and(|rank| rank > 0) {
+            // One replay socket serves one rank, and an engine with one rank says 0 or nothing.
+            declaration.replay_endpoint = None;
+        }
+        declaration.rank = rank;
+        if declaration.model.is_none() && !model.is_empty() {
+            declaration.model = Some(model.to_owned());
+        }
+        let zmq = self.room();
+        let Some(new) = Publisher::new(&context, &Arc::new(declaration), &zmq, now) else {
+            context.shared.metrics.refuse("max_pods");
+            return false;
+        };
+        let Kind::Bind { publishers, .. } = &mut self.sources[at].kind else { return false };
+        publishers.insert(key, new);
+        true
     }
 }
 

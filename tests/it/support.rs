@@ -81,7 +81,6 @@ impl Indexer {
     }
 
     /// As [`Self::start`], with a configuration file of this content.
-    #[expect(dead_code, reason = "for tests of what only the file can say")]
     pub(crate) fn with_config(yaml: &str, arguments: &[&str]) -> Self {
         let mut file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
         file.write_all(yaml.as_bytes()).unwrap();

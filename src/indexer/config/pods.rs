@@ -30,7 +30,7 @@ impl IndexerConfig {
         let mut paths = Vec::new();
         for fields in root.each("pods") {
             paths.push(fields.path_of("id"));
-            pods.push(read_pod(fields));
+            pods.push(read_pod(fields, self.ingest.bind.is_some()));
         }
         if !flags.is_empty() {
             pods = flags.to_vec();
@@ -60,19 +60,22 @@ impl IndexerConfig {
     }
 }
 
-fn read_pod(fields: Fields<'_>) -> PodDeclaration {
+/// With `bound`, a pod without endpoint is one that connects to us.
+fn read_pod(fields: Fields<'_>, bound: bool) -> PodDeclaration {
     let endpoint = |usage| move |text: &str| check_endpoint(text, usage).map(|()| text.to_owned());
+    let own = match bound && fields.string("endpoint").unwrap_or_default().is_empty() {
+        true => None,
+        false => fields.required("endpoint", |fields, name| {
+            fields.parsed(name, endpoint(EndpointUse::ConnectOrAsk))
+        }),
+    };
     let pod = PodDeclaration {
         pod: fields
             .required("id", |fields, name| {
                 fields.parsed(name, |text| check_id(text).map(|()| text.to_owned()))
             })
             .unwrap_or_default(),
-        endpoint: fields
-            .required("endpoint", |fields, name| {
-                fields.parsed(name, endpoint(EndpointUse::ConnectOrAsk))
-            })
-            .unwrap_or_default(),
+        endpoint: own.unwrap_or_default(),
         replay_endpoint: fields.parsed("replayEndpoint", endpoint(EndpointUse::Connect)),
         model: fields.nonempty("model"),
         rank: fields.integer("rank", 0..=65_535),

@@ -281,7 +281,7 @@ impl<P> Sequencer<P> {
     }
 
     /// Notes that live messages behind everything delivered were received, not held, and are lost.
-    fn lost_tail(&mut self, loss: Loss, out: &mut Vec<Action<P>>) {
+    pub(super) fn lost_tail(&mut self, loss: Loss, out: &mut Vec<Action<P>>) {
         let at = self.expected();
         let Some(seen) = self.seen.filter(|&seen| seen >= at) else { return };
         if self.applied.is_some() {
@@ -289,8 +289,9 @@ impl<P> Sequencer<P> {
             self.degrade(Reason::Gap { missing: seen - at + 1, at }, at, out);
         } else {
             let reason = match loss {
+                Loss::NoReplay => Reason::JoinedMidStream,
                 Loss::Silent => Reason::ReplaySilent,
-                _ => Reason::HistoryStarts { at: seen + 1 },
+                Loss::Hole | Loss::Ended => Reason::HistoryStarts { at: seen + 1 },
             };
             self.trust = (PodState::Partial, reason);
         }

@@ -1,7 +1,8 @@
 //! Transcripts: one input a line, and the actions that it must lead to.
 //!
 //! `live 5` is message 5 of life `a`, `live 5b` the same of life `b`, whose clock is later; `5!` has
-//! another payload at the same time. `replay 0-3` is four replies. Actions: deliveries are numbers;
+//! another payload at the same time. `replay 0-3` is four replies; `lost 5` is a live message that there
+//! was no room for. Actions: deliveries are numbers;
 //! `ask(n)` requests a replay; counters have a plus (`replay` goes without saying beside `ask`).
 
 use std::{
@@ -66,6 +67,7 @@ fn run(sequencer: &mut Sequencer<()>, input: &str, now: &mut Instant, out: &mut 
         "end" => sequencer.replay_end(*now, out),
         "cut" => sequencer.replay_failed(*now, out),
         "up" => sequencer.connected(*now, out),
+        "lost" => sequencer.lost(rest.parse().unwrap(), *now, out),
         "down" => sequencer.disconnected(*now, out),
         "clear" => {
             sequencer.cleared(sequencer.epoch(), rest.parse().unwrap(), *now, out);

@@ -65,6 +65,41 @@ fn held_messages_are_bounded() {
     );
 }
 
+/// What the caller had no room for is known to be missing, even if nothing comes after it.
+#[test]
+fn lost_messages_are_asked_for() {
+    check(
+        &replay(),
+        "live 0       => 0 live
+         lost 2       => +gap ask(1) replaying[gap of 2 batches at 1]
+         lost 3       =>
+         replay 1 2   => 1-2
+         live 4       =>
+         replay 3     => 3-4 cancel live
+         lost 4       =>",
+    );
+    // Silence tells that they are gone.
+    check(
+        &replay(),
+        "live 0       => 0 live
+         lost 1       => +gap ask(1) replaying[gap of 1 batches at 1]
+         wait 6       => ask(1) ask(1) +replay_failed +gap_unfilled set degraded[gap of 1 batches at 1] cancel
+         lost 2       =>
+         live 3       => +gap +gap_unfilled degraded[gap of 2 batches at 1] 3",
+    );
+    // A flood says it once; a clear applied before the last loss does not end it.
+    check(
+        &no_replay(),
+        "lost 0       =>
+         live 1       => 1 partial[joined mid-stream, no replay]
+         lost 2       => +gap_unfilled set degraded[gap of 1 batches at 2]
+         lost 3       =>
+         clear 1      =>
+         live 4       => +gap +gap_unfilled degraded[gap of 2 batches at 2] 4
+         clear 4      => default live",
+    );
+}
+
 #[test]
 fn holes_are_asked_for_once() {
     check(
