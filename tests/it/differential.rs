@@ -1,8 +1,9 @@
 //! Every index against the oracle: random event streams, serial and concurrent.
 //!
-//! `suite!` gives an index the whole suite. A failing stream is shrunk by proptest and printed with
-//! its seed (`proptest-regressions` keeps it). `PROPTEST_CASES=20000` makes it a soak:
-//! `PROPTEST_CASES=20000 cargo test --release --test it differential`.
+//! `suite!` gives an index the whole suite. The streams follow from `SEED` (a number, 1 by default),
+//! so that a failure comes again; a failing stream is shrunk and printed. More cases or another
+//! seed make it a soak:
+//! `SEED=$RANDOM PROPTEST_CASES=20000 cargo test --release --test it differential`.
 
 mod world;
 
@@ -13,7 +14,10 @@ use kv_indexer::{
     index::{BlockIndex, IndexConfig, Match, PodSpec, dash::DashIndex, naive::NaiveIndex},
     model::{CountMode, PodSlot, RequestKey},
 };
-use proptest::{prelude::*, test_runner::TestRunner};
+use proptest::{
+    prelude::*,
+    test_runner::{RngAlgorithm, TestRng, TestRunner},
+};
 
 use self::world::{Op, Sizes, World, ops};
 
@@ -99,15 +103,23 @@ fn serial(subject: &dyn BlockIndex, sizes: Sizes, ops: &[Op]) -> Result<(), Stri
     Ok(())
 }
 
+/// A runner of `cases` cases, or of a `share`th of `PROPTEST_CASES`, whose streams follow from `SEED`.
+fn runner(cases: u32, share: u32, max_shrink_iters: u32) -> TestRunner {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u32>().unwrap());
+    let config = ProptestConfig {
+        cases: number("PROPTEST_CASES").map_or(cases, |soak| (soak / share).max(1)),
+        failure_persistence: None,
+        max_shrink_iters,
+        ..ProptestConfig::default()
+    };
+    let mut seed = [0; 32];
+    seed[..4].copy_from_slice(&number("SEED").unwrap_or(1).to_le_bytes());
+    TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed))
+}
+
 /// Runs random streams; returns the shrunk failure, if any.
 fn check(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
-    let cases = std::env::var("PROPTEST_CASES").map_or(cases, |n| n.parse().unwrap());
-    let mut runner = TestRunner::new(ProptestConfig {
-        cases,
-        failure_persistence: None,
-        max_shrink_iters: 4096,
-        ..ProptestConfig::default()
-    });
+    let mut runner = runner(cases, 1, 4096);
     let streams = (world::sizes(), ops(48));
     let result = runner
         .run(&streams, |(sizes, ops)| serial(&*make(), sizes, &ops).map_err(TestCaseError::fail));
@@ -116,12 +128,7 @@ fn check(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), Strin
 
 /// Each pod's stream on a thread of its own, with readers beside them; exact at the end.
 fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
-    let mut runner = TestRunner::new(ProptestConfig {
-        cases,
-        failure_persistence: None,
-        max_shrink_iters: 0,
-        ..ProptestConfig::default()
-    });
+    let mut runner = runner(cases, 12, 0);
     let streams = (world::sizes(), ops(400));
     let result = runner.run(&streams, |(sizes, ops)| {
         let subject = make();
