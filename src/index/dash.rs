@@ -13,6 +13,7 @@
 //! it are applied, so a lookup never reads a part without knowing what it asks.
 
 use std::{
+    collections::HashSet,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -29,6 +30,7 @@ use crate::{
         BlockIndex, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome,
         ledger::{Holdings, Ledger, Part},
         lookup::{self, Parts, View},
+        place::Tail,
         slots::{KeyHash, SlotSet},
     },
     model::{CountMode, PodSlot, RequestKey},
@@ -48,7 +50,9 @@ pub(super) struct Held {
     pub(super) slots: SlotSet,
 }
 
-pub(super) type Marks = SmallVec<[(PodSlot, u64); 2]>;
+/// The rows on which a block is expected, each with the marks that say so. A hot prefix has few
+/// rows and may have thousands of marks.
+pub(super) type Marks = SmallVec<[(PodSlot, HashSet<u64, KeyHash>); 1]>;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -113,7 +117,7 @@ impl Holdings for RowHoldings<'_> {
     }
 
     fn confirm(&self, key: RequestKey) {
-        self.index.unmark(key, |slot, _| slot == self.slot);
+        self.index.unmark(key, self.slot, None);
     }
 }
 
@@ -174,9 +178,14 @@ impl DashIndex {
 
     /// Must a store of this many blocks be refused? Beyond the cap every one is; in the last
     /// sixteenth before it those of rows that take more than their share are.
-    fn refuses(&self, row: &Row, blocks: usize, rows: usize) -> bool {
+    fn refuses(&self, row: &Row, store: &Store<'_>, view: &View, slot: PodSlot) -> bool {
         let cap = self.config.cap_bytes;
-        let more = blocks as u64 * (Ledger::ENTRY_BYTES + Self::BLOCK_BYTES);
+        let rows = view.rows();
+        // An engine block that ends inside one of ours keeps the tokens from our block's start.
+        let request = u64::from(view.block_size(slot));
+        let engine = u64::from(store.block_size).max(1);
+        let tail = if engine % request == 0 { 0 } else { Tail::most_bytes(request, engine) };
+        let more = store.keys.len() as u64 * (Ledger::ENTRY_BYTES + Self::BLOCK_BYTES + tail);
         // Counting the shared map's entries locks its shards: only near the cap.
         let own = self.bytes.load(Ordering::Relaxed).saturating_add(more);
         let most = own.saturating_mul(1 + Self::BLOCK_BYTES / Ledger::ENTRY_BYTES + 1);
@@ -191,12 +200,24 @@ impl DashIndex {
         total > cap || (total > reserve && row.bytes.load(Ordering::Relaxed) > share)
     }
 
-    fn unmark(&self, key: RequestKey, which: impl Fn(PodSlot, u64) -> bool) {
+    /// Takes one mark off a row's expectation of a block, or all of them.
+    fn unmark(&self, key: RequestKey, slot: PodSlot, mark: Option<u64>) {
         let Entry::Occupied(mut marks) = self.marks.entry(key) else { return };
-        let before = marks.get().len();
-        marks.get_mut().retain(|(slot, mark)| !which(*slot, *mark));
-        self.marked.fetch_sub(before - marks.get().len(), Ordering::Relaxed);
-        if marks.get().is_empty() {
+        let rows = marks.get_mut();
+        let Some(at) = rows.iter().position(|(marked, _)| *marked == slot) else { return };
+        let own = &mut rows[at].1;
+        let before = own.len();
+        match mark {
+            Some(mark) => {
+                own.remove(&mark);
+            }
+            None => own.clear(),
+        }
+        self.marked.fetch_sub(before - own.len(), Ordering::Relaxed);
+        if own.is_empty() {
+            rows.swap_remove(at);
+        }
+        if rows.is_empty() {
             marks.remove();
         }
     }
@@ -241,7 +262,7 @@ impl BlockIndex for DashIndex {
             .map(|marks| *marks.key())
             .collect();
         for key in keys {
-            self.unmark(key, |marked, _| marked == slot);
+            self.unmark(key, slot, None);
         }
         self.change_view(|view| view.forget(slot));
         // Last, so that the slot is not given out again before every trace of it is gone.
@@ -253,8 +274,7 @@ impl BlockIndex for DashIndex {
 
     fn store(&self, slot: PodSlot, store: &Store<'_>) -> StoreOutcome {
         let Some(row) = self.row(slot) else { return StoreOutcome::default() };
-        let rows = self.view.load().rows();
-        if self.refuses(&row, store.keys.len(), rows) {
+        if self.refuses(&row, store, &self.view.load(), slot) {
             let refused = store.keys.len() as u32;
             return StoreOutcome { refused, ..StoreOutcome::default() };
         }
@@ -289,9 +309,12 @@ impl BlockIndex for DashIndex {
 
     fn speculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
         for key in keys {
-            let mut marks = self.marks.entry(*key).or_default();
-            if !marks.contains(&(slot, mark)) {
-                marks.push((slot, mark));
+            let mut rows = self.marks.entry(*key).or_default();
+            let at = rows.iter().position(|(marked, _)| *marked == slot).unwrap_or_else(|| {
+                rows.push((slot, HashSet::default()));
+                rows.len() - 1
+            });
+            if rows[at].1.insert(mark) {
                 self.marked.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -299,7 +322,7 @@ impl BlockIndex for DashIndex {
 
     fn unspeculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
         for key in keys {
-            self.unmark(*key, |marked, of| marked == slot && of == mark);
+            self.unmark(*key, slot, Some(mark));
         }
     }
 
@@ -442,5 +465,49 @@ mod tests {
         let mut found = Vec::new();
         index.lookup(&keys, true, &mut found);
         assert_eq!(found, [], "and nothing is left in it");
+    }
+
+    #[test]
+    fn groups_beyond_the_parts_are_never_scored() {
+        let index = DashIndex::new(IndexConfig::default());
+        let slot = index.register(spec()).unwrap();
+        let tokens = [1, 2, 3, 4];
+        let keys = Prompt { model: "m", tokens: &tokens, ..Prompt::default() }
+            .keys(&spec().scheme)
+            .unwrap();
+        let store = |group: u32| {
+            index.store(
+                slot,
+                &Store {
+                    keys: &[EngineKey(1)],
+                    parent: None,
+                    tokens: &tokens,
+                    block_size: 4,
+                    lora: None,
+                    extras: Extras::default(),
+                    salt: None,
+                    group: Some(group),
+                    kind: Some(crate::model::GroupKind::Full),
+                    tier: TierTable::GPU,
+                    at: Instant::now(),
+                },
+            );
+        };
+        let depth = || {
+            let mut found = Vec::new();
+            index.lookup(&keys, false, &mut found);
+            found.first().map_or(0, |found| found.depth)
+        };
+        // Twice, since a group is learnt by its first event.
+        (0..40).chain(0..40).for_each(store);
+        assert_eq!(depth(), 1);
+        assert!(index.pod_usage(slot).hybrid_unsupported);
+        assert_eq!(index.pod_usage(slot).blocks, 32);
+        // The last group that counts loses the block: nobody stands in for it.
+        for _ in 0..2 {
+            let (keys, group) = (&[EngineKey(1)], Some(31));
+            index.remove(slot, &Remove { keys, group, tier: TierTable::GPU, sequence: 0 });
+        }
+        assert_eq!(depth(), 0);
     }
 }

@@ -34,6 +34,8 @@ use crate::{
 pub(crate) type Part = u8;
 /// Parts at most; groups beyond are not scored.
 pub(crate) const MAX_PARTS: usize = 32;
+/// The part of a group beyond them: it stays unsupported whatever it says, and flags the row.
+const NO_PART: Part = Part::MAX;
 /// Tags from here on say that a block is held by several tiers together and by none alone; the
 /// tag is this offset plus the lightest of them.
 pub(crate) const MIXED: u8 = TierTable::MAX as u8;
@@ -131,9 +133,15 @@ impl Ledger {
     /// before the event is applied.
     pub(crate) fn learn(&mut self, group: Option<u32>, kind: Option<GroupKind>) -> bool {
         if let Some(known) = self.groups.iter_mut().find(|known| known.id == group) {
+            if known.part == NO_PART {
+                return false;
+            }
             let new = kind.filter(|&kind| kind != known.kind);
             known.kind = new.unwrap_or(known.kind);
             return new.is_some();
+        }
+        if self.groups.len() > MAX_PARTS {
+            return false;
         }
         let mut kind = kind.unwrap_or(GroupKind::Full);
         let taken = |part: Part| self.groups.iter().any(|known| known.part == part);
@@ -142,7 +150,7 @@ impl Ledger {
         if free.is_none() {
             kind = GroupKind::Unsupported;
         }
-        self.groups.push(Group { id: group, part: free.unwrap_or(Part::MAX), kind });
+        self.groups.push(Group { id: group, part: free.unwrap_or(NO_PART), kind });
         true
     }
 
@@ -540,6 +548,7 @@ impl Ledger {
         self.entries = HashMap::default();
         self.again = HashMap::default();
         self.joints = Joints::default();
+        self.removed.clear();
         self.orphans.clear();
         self.by_tier = [0; TierTable::MAX];
         self.odd_bytes = 0;

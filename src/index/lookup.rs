@@ -5,7 +5,10 @@
 //! one AND per word. Rows with more groups are *hybrid*: what they hold of each block is recorded,
 //! and [`Parts`] decides afterwards.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use smallvec::SmallVec;
 
@@ -14,7 +17,7 @@ use crate::{
         IndexConfig, Match,
         dash::Held,
         ledger::{Group, MIXED, Part},
-        slots::{SlotSet, ones},
+        slots::{KeyHash, SlotSet, ones},
     },
     model::{GroupKind, PodSlot, TierId, TierTable},
 };
@@ -69,6 +72,11 @@ impl Parts {
 impl View {
     pub(super) fn rows(&self) -> usize {
         self.rows.len()
+    }
+
+    /// Tokens per request block of a row.
+    pub(super) fn block_size(&self, slot: PodSlot) -> u32 {
+        self.rows.get(&slot).copied().unwrap_or(1).max(1)
     }
 
     pub(super) fn add(&mut self, slot: PodSlot, block_size: u32) {
@@ -166,7 +174,7 @@ impl<'a> Walk<'a> {
             .filter(|(slot, _)| !muted(*slot))
             .map(|(slot, parts)| Hybrid {
                 slot: *slot,
-                block_size: view.rows.get(slot).copied().unwrap_or(1).max(1),
+                block_size: view.block_size(*slot),
                 parts,
                 alive: true,
                 blocks: Vec::new(),
@@ -191,7 +199,12 @@ impl<'a> Walk<'a> {
     }
 
     /// Takes in block `block`; `false` when no row can get any deeper.
-    pub(super) fn step(&mut self, block: usize, sets: &[Held], marks: &[(PodSlot, u64)]) -> bool {
+    pub(super) fn step(
+        &mut self,
+        block: usize,
+        sets: &[Held],
+        marks: &[(PodSlot, HashSet<u64, KeyHash>)],
+    ) -> bool {
         let simple = self.step_simple(block, sets, marks);
         let mut hybrid = false;
         for row in &mut self.hybrid {
@@ -201,7 +214,12 @@ impl<'a> Walk<'a> {
         simple || hybrid
     }
 
-    fn step_simple(&mut self, block: usize, sets: &[Held], marks: &[(PodSlot, u64)]) -> bool {
+    fn step_simple(
+        &mut self,
+        block: usize,
+        sets: &[Held],
+        marks: &[(PodSlot, HashSet<u64, KeyHash>)],
+    ) -> bool {
         let words = self.view.words;
         if block > 0 && self.active.iter().all(|&word| word == 0) {
             return false;
@@ -362,7 +380,7 @@ impl<'a> Walk<'a> {
 }
 
 impl Hybrid<'_> {
-    fn step(&mut self, sets: &[Held], marks: &[(PodSlot, u64)]) -> bool {
+    fn step(&mut self, sets: &[Held], marks: &[(PodSlot, HashSet<u64, KeyHash>)]) -> bool {
         if !self.alive {
             return false;
         }

@@ -418,6 +418,7 @@ impl BlockIndex for NaiveIndex {
         if let Some(pod) = self.pods().get_mut(&slot) {
             pod.entries.clear();
             pod.orphans.clear();
+            pod.removed.clear();
         }
     }
 

@@ -43,6 +43,13 @@ impl OwnedExtra {
         }
     }
 
+    fn len(&self) -> usize {
+        match self {
+            Self::Text(text) | Self::Item(text, _) => text.len(),
+            Self::Bytes(bytes) => bytes.len(),
+        }
+    }
+
     fn borrow(&self) -> ExtraKey<'_> {
         match self {
             Self::Text(text) => ExtraKey::Text(text),
@@ -89,7 +96,9 @@ impl Orphan {
     }
 
     fn bytes(&self) -> u64 {
-        (size_of::<Self>() + 8 * self.keys.len() + 4 * self.tokens.len()) as u64
+        let extras: usize =
+            self.extras.iter().flatten().map(|extra| size_of::<OwnedExtra>() + extra.len()).sum();
+        (size_of::<Self>() + 8 * self.keys.len() + 4 * self.tokens.len() + extras) as u64
     }
 }
 

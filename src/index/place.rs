@@ -41,6 +41,18 @@ pub(crate) struct Tail {
     pub(crate) ends: Ends,
 }
 
+impl Tail {
+    /// Most bytes that a tail can take in blocks of `request` tokens filled `engine` at a time.
+    pub(crate) fn most_bytes(request: u64, engine: u64) -> u64 {
+        4 * request + size_of::<(PrefixId, u32)>() as u64 * request.div_ceil(engine)
+    }
+
+    fn bytes(&self) -> usize {
+        let extras: usize = self.extras.iter().map(|extra| extra.len() + 16).sum();
+        4 * self.tokens.len() + size_of::<(PrefixId, u32)>() * self.ends.len() + extras
+    }
+}
+
 /// The end of a prefix, from which its children go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Cursor {
@@ -178,7 +190,8 @@ impl Cursor {
             input.extend_from_slice(&(extra.len() as u32).to_le_bytes());
             input.extend_from_slice(extra);
         }
-        // Keeps a salt apart from an equal extra, and a tail apart from a full block.
+        // Keeps tokens apart from extras, a salt from an equal extra, a tail from a full block.
+        input.extend_from_slice(&(self.tail.tokens.len() as u32).to_le_bytes());
         input.push(u8::from(self.salt.is_some()));
         xxh3::xxh3_64_with_seed(&input, self.key.0)
     }
@@ -253,9 +266,8 @@ impl Place {
     }
 
     pub(crate) fn odd_bytes(&self) -> u64 {
-        self.odd.as_ref().map_or(0, |odd| {
-            (size_of::<Odd>() + 8 * odd.whole.len() + 4 * odd.rest.tokens.len()) as u64
-                + 48 * odd.rest.ends.len() as u64
-        })
+        self.odd
+            .as_ref()
+            .map_or(0, |odd| (size_of::<Odd>() + 8 * odd.whole.len() + odd.rest.bytes()) as u64)
     }
 }

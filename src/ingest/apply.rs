@@ -104,6 +104,7 @@ impl Applier {
 
     fn forget(&mut self) {
         self.index().clear(self.row.slot);
+        self.row.update(|status| status.capped = false);
         self.count_mode(None);
         self.recover();
         if self.muted {
@@ -135,7 +136,7 @@ impl Applier {
     fn publish(&self) {
         let (state, reason) = if self.muted {
             (PodState::Degraded, "unchained: engine keys are reused for other tokens".to_owned())
-        } else if let (Some(sequence), PodState::Live | PodState::Partial) =
+        } else if let (Some(sequence), PodState::Live | PodState::Partial | PodState::Replaying) =
             (self.damaged, self.state)
         {
             (PodState::Degraded, format!("batch {sequence} could not be read in full"))
@@ -208,6 +209,7 @@ impl Applier {
             status.rejected_events += rejected;
             status.orphans += orphans;
             status.refused_blocks += refused;
+            status.capped |= refused > 0;
             status.last_applied_unix_ns = visible;
         });
         self.row.applied(self.epoch, sequence, visible);
@@ -216,6 +218,7 @@ impl Applier {
     /// Whatever was missing or left over is gone with the rest.
     fn cleared(&mut self, sequence: u64) {
         self.index().clear(self.row.slot);
+        self.row.update(|status| status.capped = false);
         self.recover();
         if matches!(self.state, PodState::Partial | PodState::Degraded) {
             self.count_mode(None);

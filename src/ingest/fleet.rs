@@ -117,6 +117,9 @@ pub struct RowStatus {
     pub rejected_events: u64,
     /// Blocks that were refused because the index is at its cap.
     pub refused_blocks: u64,
+    /// Some of them belong to what the engine holds now: none was forgotten since by a clear or a
+    /// new life.
+    pub capped: bool,
     /// Wall clock of the last applied batch, nanoseconds since the Unix epoch; 0 = never.
     pub last_applied_unix_ns: u64,
 }
@@ -127,7 +130,7 @@ impl RowStatus {
     /// May the score be lower than the engine's cache?
     #[must_use]
     pub fn may_undercount(&self) -> bool {
-        self.stale || self.state != PodState::Live || self.refused_blocks > 0
+        self.stale || self.state != PodState::Live || self.capped
     }
 
     /// May the score be higher than the engine's cache?

@@ -1,21 +1,39 @@
-//! ZeroMQ frames as received, without a copy.
+//! ZeroMQ frames as received.
 
 use std::{fmt, ops::Deref};
 
+/// libzmq reads into buffers of this many bytes, and a message that lies in one keeps all of it.
+/// Smaller frames are copied out, so that what is queued costs what it weighs.
+const BUFFER: usize = 8192;
+
 /// One frame of a multipart message.
-pub(crate) struct Frame(zmq::Message);
+pub(crate) enum Frame {
+    /// Copied.
+    Small(Box<[u8]>),
+    /// As libzmq has it.
+    Large(zmq::Message),
+}
+
+impl From<zmq::Message> for Frame {
+    fn from(message: zmq::Message) -> Self {
+        if message.len() < BUFFER { Self::Small((*message).into()) } else { Self::Large(message) }
+    }
+}
 
 impl Deref for Frame {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0
+        match self {
+            Self::Small(bytes) => bytes,
+            Self::Large(message) => message,
+        }
     }
 }
 
 impl AsRef<[u8]> for Frame {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        self
     }
 }
 
@@ -40,7 +58,7 @@ pub(crate) fn receive(socket: &zmq::Socket) -> zmq::Result<Vec<Frame>> {
         socket.recv(&mut frame, zmq::DONTWAIT)?;
         let more = frame.get_more();
         if frames.len() < MOST {
-            frames.push(Frame(frame));
+            frames.push(Frame::from(frame));
         }
         if !more {
             return Ok(frames);

@@ -69,6 +69,8 @@ pub(crate) struct Publisher {
     zmq: Arc<zmq::Context>,
     /// The open replay request.
     dealer: Option<zmq::Socket>,
+    /// The sequencer has been told to begin.
+    started: bool,
     actions: Actions,
 }
 
@@ -108,10 +110,22 @@ impl Publisher {
             warned: false,
             zmq: Arc::clone(zmq),
             dealer: None,
+            started: false,
             actions: Vec::new(),
         };
-        publisher.drive(|sequencer, out| sequencer.start(now, out));
+        if publisher.declaration.replay_endpoint.is_none() {
+            publisher.start(now);
+        }
         Some(publisher)
+    }
+
+    /// Begins with the history. Not before the engine is there: silence would look like a replay
+    /// socket that does not answer.
+    fn start(&mut self, now: Instant) {
+        if !self.started {
+            self.started = true;
+            self.drive(|sequencer, out| sequencer.start(now, out));
+        }
     }
 
     pub(crate) fn zmq(&self) -> Arc<zmq::Context> {
@@ -153,6 +167,7 @@ impl Publisher {
     ) {
         self.context.shared.metrics.messages.inc();
         self.row.update(|status| status.messages += 1);
+        self.start(now);
         // First, since it may make room: what waits for a model waits no more.
         let message = self.parse(model, sequence, header, payload);
         if !self.has_room() {
@@ -263,6 +278,7 @@ impl Publisher {
             status.reconnections += u64::from(status.stale);
             status.connected = true;
         });
+        self.start(now);
         self.drive(|sequencer, out| sequencer.connected(now, out));
     }
 

@@ -264,11 +264,20 @@ impl<P> Sequencer<P> {
     /// The receiver applied an `AllBlocksCleared` that came with `sequence` of `epoch`: whatever
     /// was lost before it does not matter any more.
     ///
-    /// The receiver counts in the configured mode from that very event on; the
-    /// [`Action::CountModeDefault`] that answers only confirms it.
+    /// The receiver counts in the configured mode and takes a partial or degraded row for live from
+    /// that very event on; the actions that answer confirm or correct it.
     pub fn cleared(&mut self, epoch: u64, sequence: u64, _now: Instant, out: &mut Vec<Action<P>>) {
         let applied = self.applied.is_some_and(|applied| sequence <= applied);
-        if epoch != self.epoch || !applied || sequence < self.loss_ends {
+        if epoch != self.epoch || !applied {
+            return;
+        }
+        if sequence < self.loss_ends {
+            // It took the clear for the end of a loss that came after it: say again what holds.
+            if self.set_counting {
+                out.push(Action::CountMode(CountMode::Set));
+            }
+            self.shown = None;
+            self.publish(out);
             return;
         }
         if self.trust.0 != PodState::Live {
@@ -356,7 +365,12 @@ impl<P> Sequencer<P> {
     fn classify(&self, message: &Message<P>) -> Class {
         let sequence = message.sequence;
         if let Some(hash) = self.known_hash(sequence) {
-            return if hash == message.payload_hash { Class::Duplicate } else { Class::NewLife };
+            return match hash == message.payload_hash {
+                true => Class::Duplicate,
+                // What cannot be read proves no new life.
+                false if !message.timestamp.is_finite() => Class::Late,
+                false => Class::NewLife,
+            };
         }
         if self.applied.is_some_and(|applied| sequence <= applied) {
             let newer = message.timestamp > self.newest;

@@ -308,6 +308,16 @@ pub enum EventError {
         /// [`Limits::blocks`](super::Limits::blocks).
         limit: usize,
     },
+    /// More extra keys than one block or one event may have.
+    #[error("event {event} has {got} extra keys, limit {limit}")]
+    TooManyExtras {
+        /// Number in the batch.
+        event: usize,
+        /// Inputs of a block, or of all blocks so far.
+        got: usize,
+        /// The limit that they passed.
+        limit: usize,
+    },
     /// More tokens than the limit.
     #[error("event {event} has {got} tokens, limit {limit}")]
     TooManyTokens {
@@ -344,6 +354,7 @@ impl EventError {
         "duplicate_key",
         "extra_keys_length",
         "too_many_blocks",
+        "too_many_extras",
         "too_many_tokens",
         "malformed_event",
     ];
@@ -365,6 +376,7 @@ impl EventError {
             Self::DuplicateKey { .. } => "duplicate_key",
             Self::ExtraKeysLength { .. } => "extra_keys_length",
             Self::TooManyBlocks { .. } => "too_many_blocks",
+            Self::TooManyExtras { .. } => "too_many_extras",
             Self::TooManyTokens { .. } => "too_many_tokens",
             Self::Malformed { .. } => "malformed_event",
         }

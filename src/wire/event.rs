@@ -408,6 +408,7 @@ impl<'s> Decoder<'s, '_> {
         let (event, field) = (self.event, Field::ExtraKeys.name());
         match fault {
             ExtraFault::Shape(fault) => self.fault(Field::ExtraKeys, fault),
+            ExtraFault::TooMany { got, limit } => EventError::TooManyExtras { event, got, limit },
             ExtraFault::Utf8 => EventError::Utf8 { event, field },
             ExtraFault::Offset { offset } => EventError::FieldRange { event, field, offset },
         }

@@ -8,11 +8,21 @@ use super::ExtraKeys;
 use super::msgpack::{Cursor, Fault, Kind, MAX_DEPTH};
 use crate::model::ExtraKey;
 
+/// Inputs of one block at most: an item has at least one token of it, a block rarely 64.
+const MAX_PER_BLOCK: usize = 256;
+/// Inputs of one event at most.
+const MAX_PER_EVENT: usize = 1 << 18;
+
 /// Why extra keys are not valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ExtraFault {
     Shape(Fault),
     Utf8,
+    /// More than a block or an event may have.
+    TooMany {
+        got: usize,
+        limit: usize,
+    },
     /// The offset of an item does not fit 64 bits with a sign.
     Offset {
         offset: usize,
@@ -36,13 +46,20 @@ pub(super) struct Validated<'a> {
 pub(super) fn validate<'a>(at: &mut Cursor<'a>) -> Result<Validated<'a>, ExtraFault> {
     let blocks = at.array()?;
     let start = *at;
-    let mut any = false;
+    let (mut any, mut all) = (false, 0);
     for _ in 0..blocks {
         if at.take_nil() {
             continue;
         }
         any = true;
-        for _ in 0..at.array()? {
+        let inputs = at.array()?;
+        all += inputs;
+        for (got, limit) in [(inputs, MAX_PER_BLOCK), (all, MAX_PER_EVENT)] {
+            if got > limit {
+                return Err(ExtraFault::TooMany { got, limit });
+            }
+        }
+        for _ in 0..inputs {
             input(at)?;
         }
     }

@@ -467,3 +467,26 @@ fn limits_hold_at_their_edges() {
     let got = events(&two, &Limits { blocks: 0, ..exact });
     assert_eq!(got, [Err("too_many_blocks"), Err("too_many_blocks")]);
 }
+
+#[test]
+fn extra_keys_are_bounded() {
+    let stored = |inputs: usize| {
+        let extras = vec![Extra::Text("x".to_owned()); inputs];
+        let stored = encode::BlockStored {
+            block_hashes: vec![encode::Hash::Unsigned(1)],
+            token_ids: encode::Tokens::Plain(vec![7; 16]),
+            block_size: 16,
+            extra_keys: Some(vec![Some(extras)]),
+            ..encode::BlockStored::default()
+        };
+        let events = vec![encode::Event::BlockStored(stored)];
+        let batch = encode::Batch { timestamp: 1.0, events, rank: None };
+        let payload = batch.encode(encode::Form::Map).unwrap();
+        let mut reader = BatchReader::new(&payload, &Limits::default()).unwrap();
+        let mut scratch = Scratch::default();
+        let event = reader.next_event(&mut scratch).unwrap();
+        event.map(|_| ()).map_err(|error| error.reason())
+    };
+    assert_eq!(stored(256), Ok(()));
+    assert_eq!(stored(257), Err("too_many_extras"));
+}

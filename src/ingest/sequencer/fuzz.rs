@@ -52,13 +52,10 @@ impl Receiver {
                 }
                 Action::Rebuild => self.forget(),
                 Action::CountMode(mode) => {
-                    assert!(mode == CountMode::Set && !self.set_counting);
+                    assert_eq!(mode, CountMode::Set);
                     self.set_counting = true;
                 }
-                Action::CountModeDefault => {
-                    assert!(self.set_counting);
-                    self.set_counting = false;
-                }
+                Action::CountModeDefault => self.set_counting = false,
                 Action::State(state, _) => {
                     assert_ne!(state, PodState::Connecting);
                     self.state = state;
@@ -102,6 +99,11 @@ impl Receiver {
     pub(crate) fn clear(&mut self, at: usize) -> Option<u64> {
         let sequence = self.delivered.get(at)?.sequence;
         self.cleared = self.cleared.max(Some(at));
+        // As the applier does, which cannot know what was lost meanwhile.
+        if matches!(self.state, PodState::Partial | PodState::Degraded) {
+            self.state = PodState::Live;
+            self.set_counting = false;
+        }
         Some(sequence)
     }
 

@@ -71,6 +71,11 @@ impl<P> Sequencer<P> {
         }
         let known = self.known_hash(message.sequence);
         if known.is_some_and(|hash| hash != message.payload_hash) {
+            if !message.timestamp.is_finite() {
+                // What cannot be read proves no new life.
+                out.push(Action::Count(Counter::Late));
+                return;
+            }
             // Whichever of the two is the older life's, what was applied is: start over. What
             // waits and is newer than the reply stays.
             self.new_life(Some(message.timestamp), out);

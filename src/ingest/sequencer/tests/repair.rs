@@ -94,7 +94,7 @@ fn lost_messages_are_asked_for() {
          live 1       => 1 partial[joined mid-stream, no replay]
          lost 2       => +gap_unfilled set degraded[gap of 1 batches at 2]
          lost 3       =>
-         clear 1      =>
+         clear 1      => set degraded[gap of 1 batches at 2]
          live 4       => +gap +gap_unfilled degraded[gap of 2 batches at 2] 4
          clear 4      => default live",
     );
@@ -284,7 +284,7 @@ fn a_clear_ends_doubt() {
         "live 7       => 7 partial[joined mid-stream, no replay]
          clear 7      => live
          live 9       => +gap +gap_unfilled set degraded[gap of 1 batches at 8] 9
-         clear 7      =>
+         clear 7      => set degraded[gap of 1 batches at 8]
          live 10      => 10
          clear 10     => default live",
     );
