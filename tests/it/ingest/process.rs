@@ -135,11 +135,18 @@ fn admin_pages_and_llmd_names() {
 fn readiness() {
     let idle = Engine::bind("kv@idle@m");
     let started = Instant::now();
-    let rig = Rig::start(&format!(
-        "readyTimeoutMs: 400\npods: [{{id: dead, endpoint: 'tcp://127.0.0.1:9'}}, {{id: idle, endpoint: '{}'}}]",
+    let mut rig = Rig::start(&format!(
+        "readyTimeoutMs: 600
+kvEventsConfig: {{replay: {{idleMs: 50}}}}
+pods:
+- {{id: dead, endpoint: 'tcp://127.0.0.1:9'}}
+- {{id: gone, endpoint: 'tcp://127.0.0.1:9', replayEndpoint: 'tcp://127.0.0.1:10'}}
+- {{id: idle, endpoint: '{}'}}",
         idle.endpoint,
     ));
-    assert!(started.elapsed() >= Duration::from_millis(400));
+    assert!(started.elapsed() >= Duration::from_millis(600));
+    // An engine that was never there is not one whose replay is silent.
+    assert_eq!(rig.pod("gone").state(), PodState::Connecting);
     let log = rig.finish();
     assert!(log.contains("Ready by timeout"), "{log}");
 
