@@ -70,6 +70,8 @@ pub struct DashIndex {
 
 #[derive(Debug)]
 struct Row {
+    /// Tokens per request block.
+    block_size: u32,
     ledger: Mutex<Ledger>,
     bytes: AtomicU64,
 }
@@ -178,11 +180,10 @@ impl DashIndex {
 
     /// Must a store of this many blocks be refused? Beyond the cap every one is; in the last
     /// sixteenth before it those of rows that take more than their share are.
-    fn refuses(&self, row: &Row, store: &Store<'_>, view: &View, slot: PodSlot) -> bool {
+    fn refuses(&self, row: &Row, store: &Store<'_>) -> bool {
         let cap = self.config.cap_bytes;
-        let rows = view.rows();
         // An engine block that ends inside one of ours keeps the tokens from our block's start.
-        let request = u64::from(view.block_size(slot));
+        let request = u64::from(row.block_size);
         let engine = u64::from(store.block_size).max(1);
         let tail = if engine % request == 0 { 0 } else { Tail::most_bytes(request, engine) };
         let more = store.keys.len() as u64 * (Ledger::ENTRY_BYTES + Self::BLOCK_BYTES + tail);
@@ -194,7 +195,7 @@ impl DashIndex {
             return false;
         }
         let total = self.total_bytes().saturating_add(more);
-        let share = reserve / rows.max(1) as u64;
+        let share = reserve / self.view.load().rows().max(1) as u64;
         // A row's own count leaves out the shared map; scale the share alike.
         let share = share * Ledger::ENTRY_BYTES / (Ledger::ENTRY_BYTES + Self::BLOCK_BYTES);
         total > cap || (total > reserve && row.bytes.load(Ordering::Relaxed) > share)
@@ -234,6 +235,7 @@ impl BlockIndex for DashIndex {
     fn register(&self, spec: PodSpec) -> Option<PodSlot> {
         let block_size = spec.scheme.block_size();
         let row = Arc::new(Row {
+            block_size,
             ledger: Mutex::new(Ledger::new(spec, &self.config)),
             bytes: AtomicU64::new(0),
         });
@@ -274,7 +276,7 @@ impl BlockIndex for DashIndex {
 
     fn store(&self, slot: PodSlot, store: &Store<'_>) -> StoreOutcome {
         let Some(row) = self.row(slot) else { return StoreOutcome::default() };
-        if self.refuses(&row, store, &self.view.load(), slot) {
+        if self.refuses(&row, store) {
             let refused = store.keys.len() as u32;
             return StoreOutcome { refused, ..StoreOutcome::default() };
         }

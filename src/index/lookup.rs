@@ -74,11 +74,6 @@ impl View {
         self.rows.len()
     }
 
-    /// Tokens per request block of a row.
-    pub(super) fn block_size(&self, slot: PodSlot) -> u32 {
-        self.rows.get(&slot).copied().unwrap_or(1).max(1)
-    }
-
     pub(super) fn add(&mut self, slot: PodSlot, block_size: u32) {
         self.rows.insert(slot, block_size);
         self.words = self.words.max(slot.0 as usize / 64 + 1);
@@ -174,7 +169,7 @@ impl<'a> Walk<'a> {
             .filter(|(slot, _)| !muted(*slot))
             .map(|(slot, parts)| Hybrid {
                 slot: *slot,
-                block_size: view.block_size(*slot),
+                block_size: view.rows.get(slot).copied().unwrap_or(1).max(1),
                 parts,
                 alive: true,
                 blocks: Vec::new(),
