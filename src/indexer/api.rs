@@ -15,6 +15,8 @@ pub struct ApiConfig {
     pub max_prompts: usize,
     /// Multimodal items of one prompt.
     pub max_multimodal: usize,
+    /// Pods that one request may ask for.
+    pub max_pods_asked: usize,
     /// Bytes of a pod id.
     pub max_pod_id_bytes: usize,
     /// Calls in flight per connection.
@@ -34,6 +36,7 @@ impl Default for ApiConfig {
             max_tokens: 2 << 20,
             max_prompts: 1024,
             max_multimodal: 4096,
+            max_pods_asked: 4096,
             max_pod_id_bytes: 512,
             max_concurrent_calls: 256,
             max_speculations: 65_536,

@@ -63,11 +63,11 @@ pub enum ScoreError {
     WaitDeadline,
     /// The answer is larger than a message may be.
     #[error(
-        "the answer has {bytes} bytes, the limit is {limit}: ask for fewer prompts, max_pods or \
-         SCORE_DETAIL_COMPACT"
+        "the answer has {bytes} bytes or more, the limit is {limit}: ask for fewer prompts, \
+         max_pods or SCORE_DETAIL_COMPACT"
     )]
     AnswerTooLarge {
-        /// Encoded size.
+        /// Encoded size up to the prompt that exceeded the limit.
         bytes: usize,
         /// Configured limit.
         limit: usize,

@@ -96,9 +96,7 @@ impl Head {
             let (got, limit) = (request.prompts.len(), config.max_prompts);
             return Err(ScoreError::invalid("prompts", format!("{got} prompts, at most {limit}")));
         }
-        for (at, pod) in request.pods.iter().enumerate() {
-            check_pod(config, pod, || format!("pods[{at}]"))?;
-        }
+        check_pods(config, "pods", &request.pods)?;
         let detail = pb::ScoreDetail::try_from(request.detail).map_err(|_| {
             ScoreError::invalid("detail", format!("{} is no ScoreDetail", request.detail))
         })?;
@@ -294,6 +292,22 @@ pub(super) fn input<'a>(
         }
     };
     Ok(input)
+}
+
+/// Pods that may be asked for, together and each.
+pub(super) fn check_pods(
+    config: &ApiConfig,
+    field: &str,
+    pods: &[String],
+) -> Result<(), ScoreError> {
+    let (got, limit) = (pods.len(), config.max_pods_asked);
+    if got > limit {
+        return Err(ScoreError::invalid(field, format!("{got} pods, at most {limit}")));
+    }
+    for (at, pod) in pods.iter().enumerate() {
+        check_pod(config, pod, || format!("{field}[{at}]"))?;
+    }
+    Ok(())
 }
 
 /// A pod id that can exist.

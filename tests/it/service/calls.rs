@@ -262,4 +262,6 @@ async fn llmd_scores_pods_by_their_best_rank() {
     assert_eq!(scores(&["plain", "idle", "ghost"]).await, [("plain".to_owned(), cpu)]);
     let empty = world.llmd().get_pod_scores(ask(&[""])).await;
     refused(empty, Code::InvalidArgument, "pod_identifiers[0]: ");
+    let many = world.llmd().get_pod_scores(ask(&["a"; 41])).await;
+    refused(many, Code::InvalidArgument, "pod_identifiers: 41 pods, at most 40");
 }
