@@ -148,11 +148,14 @@ impl Head {
                     cache_salt: &prompt.cache_salt,
                     multimodal: &multimodal,
                 };
-                prompt.keys(&self.scheme).map_err(|error| match error {
-                    PromptError::ItemOutOfRange { item, .. } => ScoreError::invalid(
-                        format!("prompts[{at}].multimodal[{item}]"),
-                        error.to_string(),
-                    ),
+                prompt.keys(&self.scheme).map_err(|error| {
+                    let field = match error {
+                        PromptError::ItemOutOfRange { item, .. } => {
+                            format!("prompts[{at}].multimodal[{item}]")
+                        }
+                        PromptError::TooManyOverlaps { .. } => format!("prompts[{at}].multimodal"),
+                    };
+                    ScoreError::invalid(field, error.to_string())
                 })
             }
         }

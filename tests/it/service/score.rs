@@ -275,6 +275,10 @@ async fn illegal_fields_are_named() {
         ask.prompts[0].multimodal = vec![item("a", 0, 1), item("b", 1, 1), item("c", 15, 2)];
     })
     .await;
+    check("prompts[1].multimodal: multimodal items touch ", &|ask| {
+        ask.prompts[1].multimodal = vec![item(&"x".repeat(1 << 18), 0, 16); 3];
+    })
+    .await;
     check("prompts[1].multimodal[0].length: ", &|ask| {
         ask.prompts[1].multimodal = vec![item("a", 0, 0)];
     })
