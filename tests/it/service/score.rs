@@ -276,7 +276,8 @@ async fn illegal_fields_are_named() {
     })
     .await;
     check("prompts[1].multimodal: multimodal items touch ", &|ask| {
-        ask.prompts[1].multimodal = vec![item(&"x".repeat(1 << 18), 0, 16); 3];
+        ask.prompts[1] = prompt(&tokens(64));
+        ask.prompts[1].multimodal = vec![item(&"x".repeat(1 << 18), 0, 256)];
     })
     .await;
     check("prompts[1].multimodal[0].length: ", &|ask| {
