@@ -74,6 +74,7 @@ impl Head {
         let head = Self::resolve(config, request, arrival, call)?;
         if request.hash_fingerprint != 0 && request.hash_fingerprint != head.fingerprint {
             return Err(ScoreError::Fingerprint {
+                field: "hash_fingerprint".to_owned(),
                 model: echo(&request.model),
                 request: request.hash_fingerprint,
                 server: head.fingerprint,
