@@ -21,7 +21,8 @@ pub struct ApiConfig {
     pub max_pod_id_bytes: usize,
     /// Calls in flight per connection.
     pub max_concurrent_calls: u32,
-    /// Speculative entries at most, over all pods.
+    /// Speculative entries at most, over all pods. Their blocks, counted once for each row, are
+    /// limited to 128 times as many.
     pub max_speculations: usize,
     /// Longest life of a speculative entry.
     pub max_speculation_ttl: Duration,
