@@ -50,7 +50,7 @@ pub enum PromptError {
     /// take far longer than hashing the tokens.
     #[error("multimodal items touch {work} blocks in sum, the limit of this prompt is {limit}")]
     TooManyOverlaps {
-        /// Blocks touched, each item's counted; more for hashes over [`HASH_UNIT`] bytes.
+        /// Blocks touched, each item's counted; a hash of 128 bytes or more counts several times.
         work: usize,
         /// What a prompt of this size may have.
         limit: usize,

@@ -55,12 +55,12 @@ impl Inner {
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(ScoreError::ShuttingDown),
-                // The row holds its own sender, so this ends only with a change.
+                // Row and fleet hold their own senders, so these end only with a change.
                 _ = progress.changed() => {}
-                changed = changes.changed() => {
+                _ = changes.changed() => {
                     let here = self.fleet.table().slot(row.slot)
                         .is_some_and(|now| Arc::ptr_eq(now, &row));
-                    if !here || changed.is_err() {
+                    if !here {
                         row = self.successor(&row, request).await?;
                         progress = row.progress();
                     }
