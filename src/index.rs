@@ -230,7 +230,8 @@ pub trait BlockIndex: Send + Sync + std::fmt::Debug {
     /// The pods that hold `keys[0]`, and how much of the prefix, in slot order. `out` is cleared
     /// first. With `tiers`, each match lists its tiers.
     ///
-    /// Cost: one probe per block up to the deepest match.
+    /// Cost: one probe per block up to the deepest match; all of `keys` while there is a row of
+    /// window groups only, which can hold again behind a hole.
     fn lookup(&self, keys: &[RequestKey], tiers: bool, out: &mut Vec<Match>);
     /// The rows that hold `key` in any group and tier, events only.
     fn holders(&self, key: RequestKey) -> Vec<PodSlot>;

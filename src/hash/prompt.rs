@@ -1,5 +1,7 @@
 //! A request's prompt → its request keys.
 
+use std::collections::HashMap;
+
 use crate::{hash::Scheme, model::RequestKey};
 
 /// A multimodal item covers tokens `[offset, offset + length)` and taints every block it overlaps.
@@ -44,6 +46,30 @@ pub enum PromptError {
         /// Tokens in the prompt.
         tokens: usize,
     },
+    /// The items lie over each other so often, or have such long hashes, that hashing them would
+    /// take far longer than hashing the tokens.
+    #[error("multimodal items touch {work} blocks in sum, the limit of this prompt is {limit}")]
+    TooManyOverlaps {
+        /// Blocks touched, each item's counted; a hash of 128 bytes or more counts several times.
+        work: usize,
+        /// What a prompt of this size may have.
+        limit: usize,
+    },
+}
+
+/// Bytes of an item's hash that cost no more than finding the item.
+const HASH_UNIT: usize = 128;
+/// Items that may lie over a block, on average.
+const OVERLAPS: usize = 8;
+/// Touched blocks that any prompt may have.
+const FREE_OVERLAPS: usize = 1 << 16;
+
+/// Where an item lies, and which of the distinct hashes it has.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: usize,
+    end: usize,
+    hash: usize,
 }
 
 impl Prompt<'_> {
@@ -51,45 +77,29 @@ impl Prompt<'_> {
     ///
     /// # Errors
     ///
-    /// [`PromptError::ItemOutOfRange`].
+    /// See [`PromptError`].
     pub fn keys(&self, scheme: &Scheme) -> Result<Vec<RequestKey>, PromptError> {
         let block_size = scheme.block_size() as usize;
-        let mut items: Vec<_> = self.multimodal.iter().collect();
-        for (at, item) in items.iter().enumerate() {
-            let end = u64::from(item.offset) + u64::from(item.length);
-            if end > self.tokens.len() as u64 {
-                return Err(PromptError::ItemOutOfRange {
-                    item: at,
-                    offset: item.offset,
-                    end,
-                    tokens: self.tokens.len(),
-                });
-            }
-        }
-        // An empty item touches no block.
-        items.retain(|item| item.length > 0);
-        items.sort_by_key(|item| item.offset);
+        let (spans, hashes) = self.spans(block_size)?;
+        let mut spans = spans.into_iter().peekable();
         let mut key = scheme.root(self.model, self.lora);
         let mut scratch = Vec::new();
         let mut extras: Vec<&[u8]> = Vec::new();
-        // Items before this one end before the current block, if they are sorted by end as well;
-        // overlapping items are legal, so only a prefix whose ends have all passed is skipped.
-        let mut first = 0;
+        // The items over the current block, by start.
+        let mut over: Vec<Span> = Vec::new();
+        // By hash: the last end of a block that has it among its extras.
+        let mut seen = vec![0; hashes.len()];
         let mut keys = Vec::with_capacity(self.tokens.len() / block_size);
         for (block, tokens) in self.tokens.chunks_exact(block_size).enumerate() {
-            let (start, end) = ((block * block_size) as u64, ((block + 1) * block_size) as u64);
+            let (start, end) = (block * block_size, (block + 1) * block_size);
             extras.clear();
-            let item_end = |item: &MultimodalItem| u64::from(item.offset) + u64::from(item.length);
-            while items.get(first).is_some_and(|item| item_end(item) <= start) {
-                first += 1;
+            over.retain(|span| span.end > start);
+            while let Some(span) = spans.next_if(|span| span.start < end) {
+                over.push(span);
             }
-            for item in items.iter().skip(first) {
-                if u64::from(item.offset) >= end {
-                    break;
-                }
-                let hash = item.hash.as_bytes();
-                if item_end(item) > start && !extras.contains(&hash) {
-                    extras.push(hash);
+            for span in &over {
+                if std::mem::replace(&mut seen[span.hash], end) != end {
+                    extras.push(hashes[span.hash]);
                 }
             }
             if block == 0 && !self.cache_salt.is_empty() {
@@ -99,5 +109,41 @@ impl Prompt<'_> {
             keys.push(key);
         }
         Ok(keys)
+    }
+
+    /// The items by start, and their distinct hashes.
+    fn spans(&self, block_size: usize) -> Result<(Vec<Span>, Vec<&[u8]>), PromptError> {
+        let blocks = self.tokens.len() / block_size;
+        let limit = OVERLAPS * (blocks + self.multimodal.len()) + FREE_OVERLAPS;
+        let (mut spans, mut hashes) = (Vec::new(), Vec::new());
+        let (mut numbers, mut work) = (HashMap::new(), 0);
+        for (at, item) in self.multimodal.iter().enumerate() {
+            let end = u64::from(item.offset) + u64::from(item.length);
+            if end > self.tokens.len() as u64 {
+                return Err(PromptError::ItemOutOfRange {
+                    item: at,
+                    offset: item.offset,
+                    end,
+                    tokens: self.tokens.len(),
+                });
+            }
+            // An empty item touches no block.
+            if item.length == 0 {
+                continue;
+            }
+            let (start, end) = (item.offset as usize, end as usize);
+            let touched = end.div_ceil(block_size).min(blocks).saturating_sub(start / block_size);
+            work += touched * (1 + item.hash.len() / HASH_UNIT);
+            if work > limit {
+                return Err(PromptError::TooManyOverlaps { work, limit });
+            }
+            let hash = *numbers.entry(item.hash.as_bytes()).or_insert_with_key(|hash| {
+                hashes.push(*hash);
+                hashes.len() - 1
+            });
+            spans.push(Span { start, end, hash });
+        }
+        spans.sort_by_key(|span| span.start);
+        Ok((spans, hashes))
     }
 }

@@ -163,6 +163,28 @@ fn items_beyond_the_prompt_are_refused() {
     assert!(keys(&[item(u32::MAX, u32::MAX)]).is_err(), "no overflow");
 }
 
+#[test]
+fn work_on_items_is_bounded() {
+    let scheme = Scheme::new(Algorithm::Xxh3, "", 4);
+    let tokens: Vec<u32> = (0..40_000).collect();
+    let all = |hash: String| MultimodalItem { hash, offset: 0, length: 40_000 };
+    let keys = |items: &[MultimodalItem]| {
+        Prompt { tokens: &tokens, multimodal: items, ..Prompt::default() }.keys(&scheme)
+    };
+    let nested = |count: usize| (0..count).map(|at| all(at.to_string())).collect::<Vec<_>>();
+    assert!(keys(&nested(14)).is_ok());
+    let refused = keys(&nested(4096)).unwrap_err();
+    let want = "multimodal items touch 180000 blocks in sum, the limit of this prompt is 178304";
+    assert_eq!(refused.to_string(), want);
+    // One long hash costs like many short ones.
+    assert!(keys(&[all("x".repeat(1000))]).is_ok());
+    let long = keys(&[all("x".repeat(10_000))]);
+    assert!(matches!(long, Err(PromptError::TooManyOverlaps { .. })), "{long:?}");
+    // Side by side, and beyond the last full block, there may be any number.
+    let small = |offset| MultimodalItem { hash: "a".to_owned(), offset, length: 1 };
+    assert!(keys(&(0..40_000).map(small).collect::<Vec<_>>()).is_ok());
+}
+
 proptest! {
     /// The keys of a prompt with items are those of the definition, block by block.
     #[test]

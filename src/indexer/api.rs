@@ -15,11 +15,14 @@ pub struct ApiConfig {
     pub max_prompts: usize,
     /// Multimodal items of one prompt.
     pub max_multimodal: usize,
+    /// Pods that one request may ask for.
+    pub max_pods_asked: usize,
     /// Bytes of a pod id.
     pub max_pod_id_bytes: usize,
     /// Calls in flight per connection.
     pub max_concurrent_calls: u32,
-    /// Speculative entries at most, over all pods.
+    /// Speculative entries at most, over all pods. Their blocks, counted once for each row, are
+    /// limited to 128 times as many.
     pub max_speculations: usize,
     /// Longest life of a speculative entry.
     pub max_speculation_ttl: Duration,
@@ -34,6 +37,7 @@ impl Default for ApiConfig {
             max_tokens: 2 << 20,
             max_prompts: 1024,
             max_multimodal: 4096,
+            max_pods_asked: 4096,
             max_pod_id_bytes: 512,
             max_concurrent_calls: 256,
             max_speculations: 65_536,

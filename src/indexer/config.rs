@@ -272,6 +272,7 @@ impl IndexerConfig {
         set(&mut out.max_tokens, api.integer("maxTokens", 1..=1 << 28));
         set(&mut out.max_prompts, api.integer("maxPrompts", 1..=1 << 20));
         set(&mut out.max_multimodal, api.integer("maxMultimodal", 0..=1 << 20));
+        set(&mut out.max_pods_asked, api.integer("maxPodsAsked", 1..=1 << 20));
         set(&mut out.max_pod_id_bytes, api.integer("maxPodIdBytes", 16..=1 << 16));
         set(&mut out.max_concurrent_calls, api.integer("maxConcurrentCalls", 1..=1 << 20));
         set(&mut out.max_speculations, api.integer("maxSpeculations", 0..=1 << 28));

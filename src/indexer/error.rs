@@ -23,10 +23,12 @@ pub enum ScoreError {
     },
     /// The caller hashed with other settings than ours; its keys could only miss.
     #[error(
-        "hash_fingerprint: the request has {request:#018x}, model {model} has {server:#018x}: \
+        "{field}: the request has {request:#018x}, model {model} has {server:#018x}: \
          algorithm, seed and block size must equal those of ListPods"
     )]
     Fingerprint {
+        /// Path of the fingerprint.
+        field: String,
         /// Model of the request.
         model: String,
         /// Fingerprint in the request.
@@ -63,11 +65,11 @@ pub enum ScoreError {
     WaitDeadline,
     /// The answer is larger than a message may be.
     #[error(
-        "the answer has {bytes} bytes, the limit is {limit}: ask for fewer prompts, max_pods or \
-         SCORE_DETAIL_COMPACT"
+        "the answer has {bytes} bytes or more, the limit is {limit}: ask for fewer prompts, \
+         max_pods or SCORE_DETAIL_COMPACT"
     )]
     AnswerTooLarge {
-        /// Encoded size.
+        /// Encoded size up to the prompt that exceeded the limit.
         bytes: usize,
         /// Configured limit.
         limit: usize,
@@ -137,8 +139,8 @@ impl ScoreError {
         match self {
             Self::Invalid { field, .. }
             | Self::NoTokenizer { field, .. }
-            | Self::NotOnStream { field } => field,
-            Self::Fingerprint { .. } => "hash_fingerprint",
+            | Self::NotOnStream { field }
+            | Self::Fingerprint { field, .. } => field,
             Self::UnknownPod { .. } => "pod",
             Self::UnknownHandle { .. } => "handle",
             Self::Registry(RegistryError::Invalid { field, .. }) => field,
@@ -154,6 +156,9 @@ impl ScoreError {
             }
             Self::NoTokenizer { field, model } => {
                 Self::NoTokenizer { field: format!("{parent}.{field}"), model }
+            }
+            Self::Fingerprint { field, model, request, server } => {
+                Self::Fingerprint { field: format!("{parent}.{field}"), model, request, server }
             }
             other => other,
         }

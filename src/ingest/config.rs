@@ -11,7 +11,8 @@ pub struct IngestConfig {
     pub pods: Vec<PodDeclaration>,
     /// Bind address of the central SUB socket, if engines connect to us.
     pub bind: Option<String>,
-    /// Topic prefix of the bound socket, and of pods that declare none.
+    /// Topic prefix of the bound socket. A pod that we connect to has its own; one that declares none
+    /// is subscribed to everything.
     pub topic_filter: String,
     /// Accept pods on the bound socket that nobody configured.
     pub allow_unconfigured_pods: bool,

@@ -88,6 +88,7 @@ impl IndexerConfig {
             "maxTokens": api.max_tokens,
             "maxPrompts": api.max_prompts,
             "maxMultimodal": api.max_multimodal,
+            "maxPodsAsked": api.max_pods_asked,
             "maxPodIdBytes": api.max_pod_id_bytes,
             "maxConcurrentCalls": api.max_concurrent_calls,
             "maxSpeculations": api.max_speculations,

@@ -169,7 +169,7 @@ impl Series {
 
     fn row(&self, row: &Row, blocks: u64, now: u64) {
         let status = row.status();
-        let applied = row.progress().borrow().applied;
+        let applied = row.now().applied;
         let rank = row.id.rank.map_or_else(String::new, |rank| rank.to_string());
         let labels = [&*row.id.pod, rank.as_str()];
         let state = if status.stale { STALE } else { status.state.as_str() };

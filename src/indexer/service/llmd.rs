@@ -3,7 +3,7 @@
 //! Its only call carries the prompt as text, so it needs a tokenizer. A pod with ranks scores the
 //! maximum over them; pods that score 0 are absent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use tokio::time::Instant;
 
@@ -12,7 +12,7 @@ use crate::{
         ScoreError,
         service::{
             Inner,
-            request::{Head, Text, check_pod, tokenized},
+            request::{Head, Text, check_pods, tokenized},
         },
     },
     proto::{kvindexer as pb, llmd},
@@ -28,9 +28,7 @@ impl Inner {
         if request.model_name.is_empty() {
             return Err(ScoreError::invalid("model_name", "must not be empty"));
         }
-        for (at, pod) in request.pod_identifiers.iter().enumerate() {
-            check_pod(&self.config, pod, || format!("pod_identifiers[{at}]"))?;
-        }
+        check_pods(&self.config, "pod_identifiers", &request.pod_identifiers)?;
         let prompt = pb::Prompt {
             input: Some(pb::prompt::Input::Text(request.prompt)),
             ..pb::Prompt::default()
@@ -43,10 +41,8 @@ impl Inner {
         head.in_time(0, 1)?;
         let (table, mut found) = (self.fleet.table(), Vec::new());
         self.look_up(&table, &head.model, &keys, false, &mut found);
-        let wanted = |pod: &str| {
-            request.pod_identifiers.is_empty()
-                || request.pod_identifiers.iter().any(|wanted| wanted == pod)
-        };
+        let asked: HashSet<&str> = request.pod_identifiers.iter().map(String::as_str).collect();
+        let wanted = |pod: &str| asked.is_empty() || asked.contains(pod);
         let (mut scores, mut best) = (BTreeMap::<&str, f64>::new(), 0);
         for found in &found {
             let Some(row) = table.slot(found.slot) else { continue };

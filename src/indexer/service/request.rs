@@ -74,6 +74,7 @@ impl Head {
         let head = Self::resolve(config, request, arrival, call)?;
         if request.hash_fingerprint != 0 && request.hash_fingerprint != head.fingerprint {
             return Err(ScoreError::Fingerprint {
+                field: "hash_fingerprint".to_owned(),
                 model: echo(&request.model),
                 request: request.hash_fingerprint,
                 server: head.fingerprint,
@@ -96,9 +97,7 @@ impl Head {
             let (got, limit) = (request.prompts.len(), config.max_prompts);
             return Err(ScoreError::invalid("prompts", format!("{got} prompts, at most {limit}")));
         }
-        for (at, pod) in request.pods.iter().enumerate() {
-            check_pod(config, pod, || format!("pods[{at}]"))?;
-        }
+        check_pods(config, "pods", &request.pods)?;
         let detail = pb::ScoreDetail::try_from(request.detail).map_err(|_| {
             ScoreError::invalid("detail", format!("{} is no ScoreDetail", request.detail))
         })?;
@@ -150,11 +149,14 @@ impl Head {
                     cache_salt: &prompt.cache_salt,
                     multimodal: &multimodal,
                 };
-                prompt.keys(&self.scheme).map_err(|error| match error {
-                    PromptError::ItemOutOfRange { item, .. } => ScoreError::invalid(
-                        format!("prompts[{at}].multimodal[{item}]"),
-                        error.to_string(),
-                    ),
+                prompt.keys(&self.scheme).map_err(|error| {
+                    let field = match error {
+                        PromptError::ItemOutOfRange { item, .. } => {
+                            format!("prompts[{at}].multimodal[{item}]")
+                        }
+                        PromptError::TooManyOverlaps { .. } => format!("prompts[{at}].multimodal"),
+                    };
+                    ScoreError::invalid(field, error.to_string())
                 })
             }
         }
@@ -294,6 +296,22 @@ pub(super) fn input<'a>(
         }
     };
     Ok(input)
+}
+
+/// Pods that may be asked for, together and each.
+pub(super) fn check_pods(
+    config: &ApiConfig,
+    field: &str,
+    pods: &[String],
+) -> Result<(), ScoreError> {
+    let (got, limit) = (pods.len(), config.max_pods_asked);
+    if got > limit {
+        return Err(ScoreError::invalid(field, format!("{got} pods, at most {limit}")));
+    }
+    for (at, pod) in pods.iter().enumerate() {
+        check_pod(config, pod, || format!("{field}[{at}]"))?;
+    }
+    Ok(())
 }
 
 /// A pod id that can exist.

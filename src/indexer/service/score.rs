@@ -26,10 +26,6 @@ use crate::{
     proto::kvindexer as pb,
 };
 
-/// No row of an answer encodes to more than this, in bytes: a pod id of 512, 16 tiers of at most
-/// 64 characters, numbers. Smaller answers than rows × this need not be measured.
-const ROW_BYTES: usize = 8192;
-
 /// Tier name of speculative entries.
 const SPECULATIVE: &str = "speculative";
 
@@ -56,12 +52,17 @@ impl Inner {
             slot_table_version: table.version,
             ..pb::ScoreResponse::default()
         };
-        let (mut found, mut rows, mut since_turn) = (Vec::new(), 0_usize, 0_usize);
+        let limit = self.config.max_message_bytes;
+        let (mut found, mut bytes, mut since_turn) = (Vec::new(), response.encoded_len(), 0_usize);
         for (done, keys) in request.prompts.iter().enumerate() {
             request.head.in_time(done, count)?;
             let scores = self.score_prompt(request, &table, keys, &mut found);
-            let slots = scores.compact.as_ref().map_or(0, |compact| compact.slots.len());
-            rows = rows.saturating_add(scores.pods.len() + slots);
+            let size = scores.encoded_len();
+            // One byte says which field it is.
+            bytes += 1 + prost::length_delimiter_len(size) + size;
+            if bytes > limit {
+                return Err(ScoreError::AnswerTooLarge { bytes, limit });
+            }
             response.prompts.push(scores);
             since_turn += keys.len().saturating_mul(request.head.scheme.block_size() as usize);
             if since_turn >= TURN_TOKENS {
@@ -69,13 +70,7 @@ impl Inner {
                 tokio::task::yield_now().await;
             }
         }
-        let limit = self.config.max_message_bytes;
-        if rows.saturating_mul(ROW_BYTES) > limit {
-            let bytes = response.encoded_len();
-            if bytes > limit {
-                return Err(ScoreError::AnswerTooLarge { bytes, limit });
-            }
-        }
+        debug_assert_eq!(bytes, response.encoded_len());
         Ok(response)
     }
 

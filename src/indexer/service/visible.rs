@@ -6,6 +6,11 @@
 //! only while it lasts: what an older life of the publisher had applied is not remembered, and its
 //! blocks are gone. A newer epoch therefore ends the wait with `reached = false` and names itself in
 //! `epoch`; an epoch that has not come yet is waited for.
+//!
+//! # Rows that are not known whole
+//!
+//! Until its first message tells rank and model, a pod has a provisional row, which then gives way
+//! to the final one. A wait goes on there, as nothing was applied before.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,6 +25,9 @@ use crate::{
     proto::kvindexer as pb,
 };
 
+/// How long a provisional row's successor may take to appear.
+const GIVE_WAY: Duration = Duration::from_millis(100);
+
 impl Inner {
     /// Waits as the module says. `call` is the call's own deadline, which ends the wait with
     /// DEADLINE_EXCEEDED where `timeout_ms` ends it with an answer.
@@ -31,7 +39,7 @@ impl Inner {
     ) -> Result<pb::WaitVisibleResponse, ScoreError> {
         check_pod(&self.config, &request.pod, || "pod".to_owned())?;
         let mut changes = self.fleet.changes();
-        let row = self.only_row(&request.pod, request.dp_rank)?;
+        let mut row = self.only_row(&request.pod, request.dp_rank)?;
         let mut progress = row.progress();
         let wanted = match request.epoch.unwrap_or_default() {
             0 => progress.borrow().epoch,
@@ -47,13 +55,14 @@ impl Inner {
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(ScoreError::ShuttingDown),
-                // The row holds its own sender, so this ends only with a change.
+                // Row and fleet hold their own senders, so these end only with a change.
                 _ = progress.changed() => {}
-                changed = changes.changed() => {
+                _ = changes.changed() => {
                     let here = self.fleet.table().slot(row.slot)
                         .is_some_and(|now| Arc::ptr_eq(now, &row));
-                    if !here || changed.is_err() {
-                        return Err(ScoreError::UnknownPod { pod: row.id.to_string() });
+                    if !here {
+                        row = self.successor(&row, request).await?;
+                        progress = row.progress();
                     }
                 }
                 () = tokio::time::sleep_until(call.map_or(end, |call| call.min(end))) => {
@@ -61,6 +70,30 @@ impl Inner {
                         return Err(ScoreError::WaitDeadline);
                     }
                 }
+            }
+        }
+    }
+
+    /// The row that `old`, which has gone, gave way to.
+    async fn successor(
+        &self,
+        old: &Row,
+        request: &pb::WaitVisibleRequest,
+    ) -> Result<Arc<Row>, ScoreError> {
+        let gone = || ScoreError::UnknownPod { pod: old.id.to_string() };
+        // A row that had applied something is final: it was removed.
+        if old.now().applied.is_some() {
+            return Err(gone());
+        }
+        // The old row leaves the table shortly before the new one enters it.
+        let until = Instant::now() + GIVE_WAY;
+        loop {
+            match self.only_row(&request.pod, request.dp_rank) {
+                Err(ScoreError::UnknownPod { .. }) if Instant::now() < until => {
+                    tokio::time::sleep(GIVE_WAY / 20).await;
+                }
+                Err(ScoreError::UnknownPod { .. }) => return Err(gone()),
+                found => return found,
             }
         }
     }

@@ -160,6 +160,9 @@ async fn illegal_speculations_are_refused() {
     check(invalid, "request.prompts: ", pb::SpeculateRequest { request: none, ..ok() }).await;
     let bad = Some(request(vec![pb::Prompt::default()]));
     check(invalid, "request.prompts[0]: ", pb::SpeculateRequest { request: bad, ..ok() }).await;
+    let other = Some(pb::ScoreRequest { hash_fingerprint: 1, ..ok().request.unwrap() });
+    let other = pb::SpeculateRequest { request: other, ..ok() };
+    check(Code::FailedPrecondition, "request.hash_fingerprint: ", other).await;
     check(Code::NotFound, "pod: ghost ", speculate("ghost", 1000)).await;
     let rank = pb::SpeculateRequest { dp_rank: Some(3), ..ok() };
     check(Code::NotFound, "pod: a#3 ", rank).await;
@@ -262,4 +265,6 @@ async fn llmd_scores_pods_by_their_best_rank() {
     assert_eq!(scores(&["plain", "idle", "ghost"]).await, [("plain".to_owned(), cpu)]);
     let empty = world.llmd().get_pod_scores(ask(&[""])).await;
     refused(empty, Code::InvalidArgument, "pod_identifiers[0]: ");
+    let many = world.llmd().get_pod_scores(ask(&["a"; 41])).await;
+    refused(many, Code::InvalidArgument, "pod_identifiers: 41 pods, at most 40");
 }

@@ -271,6 +271,7 @@ pub(crate) fn config() -> ApiConfig {
         max_tokens: 100_000,
         max_prompts: 64,
         max_multimodal: 3,
+        max_pods_asked: 40,
         max_pod_id_bytes: 64,
         max_speculations: 3,
         max_speculation_ttl: Duration::from_secs(60),

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kv_indexer::{
-    model::PodState,
+    model::{CountMode, PodState, RowId},
     proto::kvindexer::{self as pb, kv_indexer_server::KvIndexer},
 };
 use tokio::time::timeout;
@@ -210,6 +210,38 @@ async fn wait_visible_knows_epochs() {
     };
     let (answer, ()) = tokio::join!(waits, restart);
     assert_eq!((answer.reached, answer.epoch, answer.visible_unix_ns), (true, 4, 5));
+}
+
+#[tokio::test]
+async fn wait_visible_outlives_a_provisional_row() {
+    let world = World::start().await;
+    let add = |pod: &str, model: &str| {
+        let id = RowId { pod: pod.into(), rank: None };
+        let model = std::sync::Arc::from(model);
+        world.fleet.add(id, "tcp://a:5557", &scheme(), &model, CountMode::Counted).unwrap()
+    };
+    let provisional = add("a", "");
+    let mut client = world.client();
+    let settles = async {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let id = RowId { pod: "a".into(), rank: Some(0) };
+        let model = std::sync::Arc::from(MODEL);
+        let counted = CountMode::Counted;
+        let row = world.fleet.replace(&provisional, id, &scheme(), &model, counted).unwrap();
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        row.applied(1, 3, 9);
+    };
+    let (answer, ()) = tokio::join!(client.wait_visible(wait("a", 3, 10_000)), settles);
+    let answer = answer.unwrap().into_inner();
+    assert_eq!((answer.reached, answer.applied_sequence, answer.visible_unix_ns), (true, 3, 9));
+
+    let provisional = add("b", "");
+    let removal = async {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        world.fleet.remove(provisional.slot);
+    };
+    let (answer, ()) = tokio::join!(client.wait_visible(wait("b", 3, 10_000)), removal);
+    refused(answer, Code::NotFound, "pod: b is not registered");
 }
 
 #[tokio::test]

@@ -244,6 +244,7 @@ async fn illegal_fields_are_named() {
     check("prompts: 65 prompts, at most 64", &|ask| ask.prompts = vec![prompt(&[]); 65]).await;
     check("detail: 9", &|ask| ask.detail = 9).await;
     check("pods[1]: must not be empty", &|ask| ask.pods = vec!["a".into(), String::new()]).await;
+    check("pods: 41 pods, at most 40", &|ask| ask.pods = vec!["a".into(); 41]).await;
     check("pods[0]: 65 bytes", &|ask| ask.pods = vec!["x".repeat(65)]).await;
     check("prompts[3].token_ids_le: length 7 is not a multiple of 4", &|ask| {
         ask.prompts[3].input = Some(Input::TokenIdsLe(vec![0; 7]));
@@ -272,6 +273,11 @@ async fn illegal_fields_are_named() {
     .await;
     check("prompts[0].multimodal[2]: multimodal item 2 covers tokens 15..17", &|ask| {
         ask.prompts[0].multimodal = vec![item("a", 0, 1), item("b", 1, 1), item("c", 15, 2)];
+    })
+    .await;
+    check("prompts[1].multimodal: multimodal items touch ", &|ask| {
+        ask.prompts[1] = prompt(&tokens(64));
+        ask.prompts[1].multimodal = vec![item(&"x".repeat(1 << 18), 0, 256)];
     })
     .await;
     check("prompts[1].multimodal[0].length: ", &|ask| {
@@ -358,6 +364,10 @@ async fn messages_over_the_limit_are_refused() {
     }
     let ask = request(vec![prompt(&tokens(1)); 8]);
     refused(world.client().score(ask.clone()).await, Code::ResourceExhausted, "the answer has ");
+    let looked_up = world.metrics();
+    let looked_up = looked_up.lines().find(|line| line.starts_with("kv_score_prompts_total "));
+    let looked_up: u32 = looked_up.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+    assert!((2..8).contains(&looked_up), "{looked_up} of 8 prompts: it ends where it is too large");
     let fewer = pb::ScoreRequest { max_pods: 2, ..ask };
     assert_eq!(score(&world, fewer).await.prompts.len(), 8);
 }
