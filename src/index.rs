@@ -208,6 +208,8 @@ pub struct Match {
 pub trait BlockIndex: Send + Sync + std::fmt::Debug {
     /// Adds a row; `None` when there are as many rows as the index can number.
     fn register(&self, spec: PodSpec) -> Option<PodSlot>;
+    /// Gives a row another spec. Its blocks go, its speculative marks stay.
+    fn respec(&self, slot: PodSlot, spec: PodSpec);
     /// Removes a row and everything it held. Unknown slots are ignored, here and below.
     fn unregister(&self, slot: PodSlot);
     /// Applies a `BlockStored` event.

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
 
 fn run(config: IndexerConfig) -> anyhow::Result<()> {
     telemetry::init(config.log_format, &config.log_level)?;
+    raise_descriptors(config.ingest.max_pods);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let requested = CancellationToken::new();
@@ -39,6 +40,20 @@ fn run(config: IndexerConfig) -> anyhow::Result<()> {
         drop(signals);
         ended
     })
+}
+
+/// Takes as many file descriptors as the system gives: libzmq needs several for each socket.
+fn raise_descriptors(max_pods: usize) {
+    /// A subscription with its monitor, and a replay under way.
+    const PER_POD: u64 = 10;
+    /// Listeners, connections of routers, files.
+    const OTHERS: u64 = 256;
+    let wanted = max_pods as u64 * PER_POD + OTHERS;
+    match rlimit::increase_nofile_limit(u64::MAX) {
+        Ok(limit) if limit >= wanted => {}
+        Ok(limit) => tracing::warn!(limit, wanted, "Too few file descriptors for maxPods pods."),
+        Err(error) => tracing::warn!(%error, "The limit of file descriptors cannot be raised."),
+    }
 }
 
 /// Tells on standard output where we listen, one line each, for whoever let the kernel choose.

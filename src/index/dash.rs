@@ -142,6 +142,14 @@ impl DashIndex {
         }
     }
 
+    fn new_row(&self, spec: PodSpec) -> Arc<Row> {
+        Arc::new(Row {
+            block_size: spec.scheme.block_size(),
+            ledger: Mutex::new(Ledger::new(spec, &self.config)),
+            bytes: AtomicU64::new(0),
+        })
+    }
+
     fn row(&self, slot: PodSlot) -> Option<Arc<Row>> {
         let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
         rows.get(slot.0 as usize)?.clone()
@@ -234,11 +242,7 @@ impl DashIndex {
 impl BlockIndex for DashIndex {
     fn register(&self, spec: PodSpec) -> Option<PodSlot> {
         let block_size = spec.scheme.block_size();
-        let row = Arc::new(Row {
-            block_size,
-            ledger: Mutex::new(Ledger::new(spec, &self.config)),
-            bytes: AtomicU64::new(0),
-        });
+        let row = self.new_row(spec);
         let slot = {
             let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
             let free = rows.iter().position(Option::is_none).unwrap_or(rows.len());
@@ -253,6 +257,21 @@ impl BlockIndex for DashIndex {
         };
         self.change_view(|view| view.add(slot, block_size));
         Some(slot)
+    }
+
+    fn respec(&self, slot: PodSlot, spec: PodSpec) {
+        self.clear(slot);
+        self.change_view(|view| view.forget(slot));
+        let block_size = spec.scheme.block_size();
+        let row = self.new_row(spec);
+        {
+            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+            match rows.get_mut(slot.0 as usize) {
+                Some(own @ Some(_)) => *own = Some(row),
+                _ => return,
+            }
+        }
+        self.change_view(|view| view.add(slot, block_size));
     }
 
     fn unregister(&self, slot: PodSlot) {

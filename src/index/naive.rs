@@ -382,6 +382,13 @@ impl BlockIndex for NaiveIndex {
         Some(slot)
     }
 
+    fn respec(&self, slot: PodSlot, spec: PodSpec) {
+        if let Some(pod) = self.pods().get_mut(&slot) {
+            let marks = std::mem::take(&mut pod.marks);
+            *pod = Pod { marks, ..Pod::new(spec) };
+        }
+    }
+
     fn unregister(&self, slot: PodSlot) {
         self.pods().remove(&slot);
     }

@@ -107,16 +107,20 @@ impl Applier {
         self.row.update(|status| status.capped = false);
         self.count_mode(None);
         self.recover();
-        if self.muted {
-            self.muted = false;
-            self.index().set_muted(self.row.slot, false);
-        }
-        self.conflicts = 0;
     }
 
+    /// Nothing that was misread or reused is left.
     fn recover(&mut self) {
-        if self.damaged.take().is_some() {
+        self.conflicts = 0;
+        let muted = std::mem::take(&mut self.muted);
+        if muted {
+            self.index().set_muted(self.row.slot, false);
+        }
+        let damaged = self.damaged.take().is_some();
+        if damaged {
             self.count_mode(None);
+        }
+        if muted || damaged {
             self.publish();
         }
     }

@@ -47,7 +47,7 @@ pub struct PodDeclaration {
     pub trust_unchained: bool,
     /// How stores and removals add up.
     pub count_mode: CountMode,
-    /// The engine's block size, if it is not to be learnt from events.
+    /// The engine's block size. Accepted and without effect: every event that needs it carries it.
     pub block_size: Option<u32>,
     /// First sequence of a life of the engine.
     pub first_sequence: u64,
@@ -314,7 +314,7 @@ impl Fleet {
         self.changes.send_modify(|count| *count += 1);
     }
 
-    /// Adds a row; `None` when the index has no slot left.
+    /// Adds a row; `None` when the index has no slot left, or there is a row of that identity.
     #[must_use]
     pub fn add(
         &self,
@@ -325,6 +325,9 @@ impl Fleet {
         count_mode: CountMode,
     ) -> Option<Arc<Row>> {
         let _writing = lock(&self.writing);
+        if self.table.load().rows.iter().any(|row| row.id == id) {
+            return None;
+        }
         let spec = PodSpec { scheme: Arc::clone(scheme), model: Arc::clone(model), count_mode };
         let slot = self.index.register(spec)?;
         let row = Row::new(id, slot, endpoint, scheme, model);
@@ -334,9 +337,14 @@ impl Fleet {
         Some(row)
     }
 
-    /// Adds a row in the place of one whose identity turned out to be another; it keeps the status.
-    /// Needs no room beside the old one. `None` only when the index has no slot left though one was
-    /// just freed.
+    /// Does another row than `own` have this identity?
+    #[must_use]
+    pub fn is_taken(&self, id: &RowId, own: PodSlot) -> bool {
+        self.table().pod(&id.pod).iter().any(|row| row.id.rank == id.rank && row.slot != own)
+    }
+
+    /// Puts a row in the place of one whose identity turned out to be another. It keeps slot, status
+    /// and speculative marks. `None` when there is a row of that identity already.
     #[must_use]
     pub fn replace(
         &self,
@@ -348,13 +356,14 @@ impl Fleet {
     ) -> Option<Arc<Row>> {
         let _writing = lock(&self.writing);
         let mut rows = self.table.load().rows.clone();
-        rows.retain(|row| row.slot != old.slot);
-        self.publish(rows.clone());
-        self.index.unregister(old.slot);
+        if rows.iter().any(|row| row.id == id && row.slot != old.slot) {
+            return None;
+        }
         let spec = PodSpec { scheme: Arc::clone(scheme), model: Arc::clone(model), count_mode };
-        let slot = self.index.register(spec)?;
-        let row = Row::new(id, slot, &old.endpoint, scheme, model);
+        self.index.respec(old.slot, spec);
+        let row = Row::new(id, old.slot, &old.endpoint, scheme, model);
         row.update(|status| *status = old.status());
+        rows.retain(|row| row.slot != old.slot);
         rows.push(Arc::clone(&row));
         self.publish(rows);
         Some(row)

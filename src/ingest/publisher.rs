@@ -251,17 +251,20 @@ impl Publisher {
         if self.row.id.rank != rank || *self.row.model != *self.context.models.canonical(&model) {
             let (context, models) = (&self.context, &self.context.models);
             let model = models.canonical(&model);
+            let id = RowId { pod: Arc::clone(&self.row.id.pod), rank };
+            if context.shared.fleet.is_taken(&id, self.row.slot) {
+                return self.cannot_be(&id);
+            }
             self.pipe.close();
             let new = context.shared.fleet.replace(
                 &self.row,
-                RowId { pod: Arc::clone(&self.row.id.pod), rank },
+                id,
                 models.scheme(model),
                 &Arc::from(model),
                 self.declaration.count_mode,
             );
             let Some(row) = new else {
-                // Not while rows are added through the fleet alone: it has just freed a slot.
-                tracing::error!(pod = %self.row.id, "No slot for a row that had one.");
+                tracing::error!(pod = %self.row.id, "Another row took its place in this instant.");
                 return;
             };
             let applier = Applier::new(&context.shared, &row, &self.declaration);
@@ -269,6 +272,15 @@ impl Publisher {
         }
         for item in self.waiting.take().into_iter().flat_map(|(items, _)| items) {
             self.pipe.push(item);
+        }
+    }
+
+    /// Another publisher is this pod and rank already; this one stays as it is, not indexed.
+    fn cannot_be(&mut self, id: &RowId) {
+        if !self.warned {
+            self.warned = true;
+            self.row.update(|status| status.reason = format!("another publisher is {id}"));
+            tracing::error!(pod = %self.row.id, "Not indexed: another publisher is {id}.");
         }
     }
 

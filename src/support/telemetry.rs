@@ -1,6 +1,9 @@
 //! Logs: structured, to stderr, as text for people or JSON for collectors.
 
-use std::str::FromStr;
+use std::{
+    io::{self, Write},
+    str::FromStr,
+};
 
 use anyhow::Context as _;
 use tracing::level_filters::LevelFilter;
@@ -66,7 +69,10 @@ pub fn init(format: LogFormat, level: &str) -> anyhow::Result<()> {
     let directives = from_env.as_deref().unwrap_or(level);
     let filter = EnvFilter::try_new(directives)
         .with_context(|| format!("parsing the log level {directives:?}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| Careless(std::io::stderr()))
+        .log_internal_errors(false);
     let started = match format {
         LogFormat::Text => {
             let color = std::io::IsTerminal::is_terminal(&std::io::stderr());
@@ -77,9 +83,40 @@ pub fn init(format: LogFormat, level: &str) -> anyhow::Result<()> {
     started.map_err(|error| anyhow::format_err!("{error}")).context("starting the log")
 }
 
+/// A writer that loses what cannot be written: a full disk or a closed pipe behind the log must
+/// not stop the service, and there is nowhere left to say so.
+#[derive(Debug)]
+struct Careless<W>(W);
+
+impl<W: Write> Write for Careless<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(self.0.write(bytes).unwrap_or(bytes.len()))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().or(Ok(()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_written_is_lost() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+        }
+        let mut log = Careless(Full);
+        log.write_all(b"line").unwrap();
+        log.flush().unwrap();
+    }
 
     #[test]
     fn levels_are_checked() {

@@ -234,6 +234,9 @@ impl BlockIndex for Broken {
     fn register(&self, spec: PodSpec) -> Option<PodSlot> {
         self.inner.register(spec)
     }
+    fn respec(&self, slot: PodSlot, spec: PodSpec) {
+        self.inner.respec(slot, spec);
+    }
     fn unregister(&self, slot: PodSlot) {
         self.inner.unregister(slot);
     }

@@ -108,6 +108,10 @@ impl BlockIndex for FakeIndex {
         Some(slot)
     }
 
+    fn respec(&self, slot: PodSlot, _: PodSpec) {
+        self.pods.lock().unwrap().insert(slot, Held::default());
+    }
+
     fn unregister(&self, slot: PodSlot) {
         self.pods.lock().unwrap().remove(&slot);
     }
