@@ -258,12 +258,55 @@ impl Ingest {
         said
     }
 
+    /// Do all threads run, as they do until [`stop`](Self::stop)?
+    ///
+    /// # Errors
+    ///
+    /// When one has ended: its publishers are frozen, and nothing brings it back.
+    pub fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(!self.context.lanes.has_ended(), "a lane ended early");
+        let ended = self.subscribers.iter().any(Subscriber::has_ended);
+        anyhow::ensure!(!ended, "a subscriber thread ended early");
+        Ok(())
+    }
+
     /// Closes the sockets, applies what is queued for `patience` at most, and joins the threads.
-    /// Returns whether everything was applied.
-    pub fn stop(&self, patience: Duration) -> bool {
-        for subscriber in &self.subscribers {
-            subscriber.stop();
+    ///
+    /// # Errors
+    ///
+    /// When not everything was received and applied: a thread panicked, or there was no time.
+    pub fn stop(&self, patience: Duration) -> anyhow::Result<()> {
+        // All of them, whatever became of the first.
+        let received: Vec<_> = self.subscribers.iter().map(Subscriber::stop).collect();
+        self.context.lanes.stop(patience)?;
+        received.into_iter().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::{IndexConfig, naive::NaiveIndex};
+
+    pub(super) fn ingest() -> Ingest {
+        let fleet = Arc::new(Fleet::new(Arc::new(NaiveIndex::new(IndexConfig::default()))));
+        let metrics = IngestMetrics::register(&prometheus::Registry::new()).unwrap();
+        Ingest::start(IngestConfig::default(), Models::default(), Arc::default(), fleet, metrics)
+            .unwrap()
+    }
+
+    #[test]
+    fn a_subscriber_thread_that_panicked_is_noticed_and_reported() {
+        let ingest = ingest();
+        ingest.check().unwrap();
+        assert!(ingest.subscribers[0].tell(Command::Panic));
+        let deadline = std::time::Instant::now() + ANSWER;
+        while ingest.check().is_ok() && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
         }
-        self.context.lanes.stop(patience)
+        let early = ingest.check().unwrap_err().to_string();
+        assert_eq!(early, "a subscriber thread ended early");
+        let stopped = ingest.stop(ANSWER).unwrap_err().to_string();
+        assert_eq!(stopped, "a subscriber thread panicked");
     }
 }

@@ -1,6 +1,6 @@
 //! Wiring: configuration → running service.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{net::TcpListener, sync::watch};
@@ -27,6 +27,9 @@ use crate::{
         task::{Stage, Supervisor},
     },
 };
+
+/// How often it is looked whether the threads of ingest still run.
+const THREAD_CHECK: Duration = Duration::from_millis(100);
 
 /// Where a running indexer listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,10 +144,14 @@ pub async fn run(
         });
     }
     supervisor.spawn_thread(Stage::Apply, "ingest", move |stop| {
-        // The threads below run by themselves; this one ends them, in order.
-        tokio::runtime::Builder::new_current_thread().build()?.block_on(stop.cancelled());
-        anyhow::ensure!(ingest.stop(drain), "queued batches were not applied within {drain:?}");
-        Ok(())
+        // The threads below run by themselves; this one notices if one does not, and ends them, in
+        // order.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        let stopped = || tokio::time::timeout(THREAD_CHECK, stop.cancelled());
+        while runtime.block_on(async { stopped().await.is_err() }) {
+            ingest.check()?;
+        }
+        ingest.stop(drain)
     })?;
     let state = ready;
     let routes = Routes::new()

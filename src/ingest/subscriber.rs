@@ -57,6 +57,9 @@ pub(crate) enum Command {
     /// End what came to the bound socket under this pod and rank, and expect it no more; heard when
     /// every trace is gone.
     Dismiss(String, Option<u32>, SyncSender<bool>),
+    /// Panic, to see who notices.
+    #[cfg(test)]
+    Panic,
 }
 
 /// A running thread.
@@ -117,15 +120,22 @@ impl Subscriber {
         lock(&self.wake).send("", zmq::DONTWAIT).unwrap_or_default();
     }
 
+    /// Has the thread ended? Before [`stop`](Self::stop) it does not by itself.
+    pub(crate) fn has_ended(&self) -> bool {
+        lock(&self.thread).as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
     /// Closes the sockets and joins the thread.
-    pub(crate) fn stop(&self) {
+    ///
+    /// # Errors
+    ///
+    /// When it panicked.
+    pub(crate) fn stop(&self) -> anyhow::Result<()> {
         self.stop.store(true, Ordering::Release);
         self.nudge();
-        if let Some(thread) = lock(&self.thread).take()
-            && thread.join().is_err()
-        {
-            tracing::error!("A subscriber thread panicked.");
-        }
+        let ended = lock(&self.thread).take().map(JoinHandle::join);
+        anyhow::ensure!(!matches!(ended, Some(Err(_))), "a subscriber thread panicked");
+        Ok(())
     }
 }
 
@@ -320,6 +330,8 @@ impl Worker {
                 let any = self.dismiss(&(pod, rank));
                 heard.try_send(any).unwrap_or_default();
             }
+            #[cfg(test)]
+            Command::Panic => panic!("by design"),
         }
     }
 
