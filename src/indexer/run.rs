@@ -134,14 +134,10 @@ pub async fn run(
         speculations.run(stop).await
     });
     let discovery = Arc::clone(&pods);
-    supervisor.spawn(Stage::Receive, "discovery", |stop| async move {
-        discovery.run_discovery(stop).await
-    });
+    supervisor.spawn(Stage::Receive, "discovery", |stop| discovery.run_discovery(stop));
     if let Some(file) = pods_file {
         let every = config.pods_file_poll;
-        supervisor.spawn(Stage::Receive, "pods file", move |stop| async move {
-            pods.run_file(file, every, stop).await
-        });
+        supervisor.spawn(Stage::Receive, "pods file", |stop| pods.run_file(file, every, stop));
     }
     supervisor.spawn_thread(Stage::Apply, "ingest", move |stop| {
         // The threads below run by themselves; this one notices if one does not, and ends them, in
