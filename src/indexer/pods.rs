@@ -274,7 +274,7 @@ impl Pods {
             return Ok(());
         }
         if asked.len() >= self.max_pods && !asked.contains_key(&own) {
-            return Err(AddError::Refused(own.0));
+            return Err(AddError::Full(own.0));
         }
         // What is subscribed stays until the engine has answered.
         let resolved = match asked.remove(&own) {
@@ -318,7 +318,10 @@ impl Pods {
 impl PodRegistry for Pods {
     fn register(&self, declaration: PodDeclaration) -> Result<(), RegistryError> {
         self.add(declaration).map_err(|error| match error {
-            AddError::Refused(_) => RegistryError::Full { limit: self.max_pods },
+            AddError::Full(_) => RegistryError::Full { limit: self.max_pods },
+            AddError::Endpoint { why, .. } => {
+                RegistryError::Invalid { field: "endpoint".to_owned(), why }
+            }
             other => RegistryError::Unavailable(other.to_string()),
         })
     }
