@@ -8,7 +8,7 @@
 //! runs on tokio's blocking threads, one change at a time.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -58,6 +58,8 @@ pub(crate) struct Pods {
 pub(crate) struct FollowedFile {
     file: PodsFile,
     known: BTreeMap<Key, PodDeclaration>,
+    /// Those of them that are not there, and why; tried again at every look.
+    refused: BTreeMap<Key, AddError>,
 }
 
 impl FollowedFile {
@@ -72,6 +74,9 @@ struct Asked {
     declaration: PodDeclaration,
     /// What the last answer led to.
     resolved: Vec<Key>,
+    /// Which of the engine's publishers were unregistered: they stay away until this declaration is
+    /// replaced.
+    unregistered: HashSet<Key>,
     /// None while it is asked.
     next: Option<tokio::time::Instant>,
     patience: Duration,
@@ -167,7 +172,8 @@ impl Pods {
                 return;
             };
             match answer {
-                Ok(found) => {
+                Ok(mut found) => {
+                    found.retain(|publisher| !entry.unregistered.contains(&key(publisher)));
                     let keys: Vec<Key> = found.iter().map(key).collect();
                     let mut gone = std::mem::replace(&mut entry.resolved, keys);
                     gone.retain(|old| !entry.resolved.contains(old));
@@ -197,7 +203,11 @@ impl Pods {
 
     /// Begins to follow a pods file: reads it once.
     pub(crate) fn open_file(&self, path: PathBuf) -> FollowedFile {
-        let mut file = FollowedFile { file: PodsFile::new(path), known: BTreeMap::new() };
+        let mut file = FollowedFile {
+            file: PodsFile::new(path),
+            known: BTreeMap::new(),
+            refused: BTreeMap::new(),
+        };
         self.look_at(&mut file);
         file
     }
@@ -236,23 +246,45 @@ impl Pods {
         let changed = followed.file.changed();
         let path = followed.file.path().display();
         match changed {
-            Ok(None) => {}
+            Ok(None) => {
+                for own in followed.refused.keys().cloned().collect::<Vec<_>>() {
+                    self.try_again(followed, &own);
+                }
+            }
             Ok(Some(pods)) => {
                 let new: BTreeMap<Key, PodDeclaration> =
                     pods.into_iter().map(|pod| (key(&pod), pod)).collect();
                 for own in followed.known.keys().filter(|old| !new.contains_key(*old)) {
                     self.remove_one(own);
                 }
-                for pod in new.values() {
-                    if let Err(error) = self.add(pod.clone()) {
-                        tracing::error!(pod = %pod.pod, %error, "Pod of the pods file refused.");
-                    }
-                }
                 tracing::info!(pods = new.len(), %path, "Pods file read.");
+                followed.refused.retain(|own, _| new.contains_key(own));
                 followed.known = new;
+                for own in followed.known.keys().cloned().collect::<Vec<_>>() {
+                    self.try_again(followed, &own);
+                }
             }
             Err(error) => {
                 tracing::error!(%path, error = format!("{error:#}"), "Pods file cannot be used.");
+            }
+        }
+    }
+
+    /// Adds a pod of the file, unless it is there already.
+    fn try_again(&self, followed: &mut FollowedFile, own: &Key) {
+        let Some(pod) = followed.known.get(own) else { return };
+        match self.add(pod.clone()) {
+            Ok(()) => {
+                if followed.refused.remove(own).is_some() {
+                    tracing::info!(pod = %own.0, "Pod of the pods file accepted.");
+                }
+            }
+            Err(error) => {
+                // Once, not at every look.
+                if followed.refused.get(own) != Some(&error) {
+                    tracing::error!(pod = %own.0, %error, "Pod of the pods file refused.");
+                    followed.refused.insert(own.clone(), error);
+                }
             }
         }
     }
@@ -283,7 +315,8 @@ impl Pods {
             None => Vec::new(),
         };
         let next = Some(tokio::time::Instant::now());
-        asked.insert(own, Asked { declaration, resolved, next, patience: ASK_SOON });
+        let unregistered = HashSet::new();
+        asked.insert(own, Asked { declaration, resolved, unregistered, next, patience: ASK_SOON });
         drop(asked);
         self.news.notify_one();
         Ok(())
@@ -309,6 +342,14 @@ impl Pods {
         for own in keys {
             for (pod, rank) in self.forget(&own) {
                 found |= self.ingest.remove(&pod, rank);
+            }
+        }
+        if rank.is_some() {
+            // One of several publishers of an engine that is asked: the next answer names it again.
+            let one = (pod.to_owned(), rank);
+            for asked in self.asked().values_mut().filter(|asked| asked.resolved.contains(&one)) {
+                asked.resolved.retain(|other| *other != one);
+                asked.unregistered.insert(one.clone());
             }
         }
         self.ingest.remove(pod, rank) || found
@@ -400,6 +441,54 @@ mod tests {
         .await;
         stop.cancel();
         asking.await.unwrap().unwrap();
+        pods.ingest.stop(ASK_TIMEOUT).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_publisher_of_an_engine_stays_unregistered_until_the_engine_is_declared_anew() {
+        let pods = pods(IngestConfig::default());
+        let engine = pod("a", "http://127.0.0.1:1");
+        let found = || {
+            let rank = |rank| PodDeclaration { rank: Some(rank), ..pod("a", "tcp://127.0.0.1:1") };
+            Ok(vec![rank(0), rank(1)])
+        };
+        let ranks = || [0, 1].map(|rank| pods.ingest.declaration("a", Some(rank)).is_some());
+        pods.add(engine.clone()).unwrap();
+        pods.resolved(&engine, found());
+        assert_eq!(ranks(), [true, true]);
+        assert_eq!(pods.unregister("a", Some(1)), Ok(true));
+        // Declared again as it is, asked again.
+        pods.add(engine.clone()).unwrap();
+        pods.resolved(&engine, found());
+        assert_eq!(ranks(), [true, false]);
+        assert_eq!(pods.unregister("a", Some(1)), Ok(false));
+        let other = PodDeclaration { block_size: Some(16), ..engine };
+        pods.add(other.clone()).unwrap();
+        pods.resolved(&other, found());
+        assert_eq!(ranks(), [true, true]);
+        assert_eq!(pods.unregister("a", None), Ok(true));
+        assert_eq!(ranks(), [false, false]);
+        pods.ingest.stop(ASK_TIMEOUT).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_refused_pod_of_the_file_is_tried_again() {
+        let pods = pods(IngestConfig { max_pods: 1, ..IngestConfig::default() });
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let list =
+            "[{id: a, endpoint: 'tcp://127.0.0.1:1'}, {id: b, endpoint: 'tcp://127.0.0.1:1'}]";
+        std::fs::write(file.path(), list).unwrap();
+        let mut file = pods.open_file(file.path().into());
+        let known = |pod| pods.ingest.declaration(pod, None).is_some();
+        assert_eq!((known("a"), known("b")), (true, false));
+        pods.look_at(&mut file);
+        assert_eq!((known("a"), known("b")), (true, false));
+        assert_eq!(pods.unregister("a", None), Ok(true));
+        pods.look_at(&mut file);
+        // Only what was refused comes back.
+        assert_eq!((known("a"), known("b")), (false, true));
+        pods.look_at(&mut file);
+        assert_eq!((known("a"), known("b")), (false, true));
         pods.ingest.stop(ASK_TIMEOUT).unwrap();
     }
 }
