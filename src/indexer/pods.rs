@@ -201,10 +201,10 @@ impl Pods {
         }
     }
 
-    /// Begins to follow a pods file: reads it once.
-    pub(crate) fn open_file(&self, path: PathBuf) -> FollowedFile {
+    /// Begins to follow a pods file: reads it once. With `bound` pods may connect to us.
+    pub(crate) fn open_file(&self, path: PathBuf, bound: bool) -> FollowedFile {
         let mut file = FollowedFile {
-            file: PodsFile::new(path),
+            file: PodsFile::new(path, bound),
             known: BTreeMap::new(),
             refused: BTreeMap::new(),
         };
@@ -478,7 +478,7 @@ mod tests {
         let list =
             "[{id: a, endpoint: 'tcp://127.0.0.1:1'}, {id: b, endpoint: 'tcp://127.0.0.1:1'}]";
         std::fs::write(file.path(), list).unwrap();
-        let mut file = pods.open_file(file.path().into());
+        let mut file = pods.open_file(file.path().into(), false);
         let known = |pod| pods.ingest.declaration(pod, None).is_some();
         assert_eq!((known("a"), known("b")), (true, false));
         pods.look_at(&mut file);

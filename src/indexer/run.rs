@@ -105,7 +105,8 @@ pub async fn run(
     }
 
     // Read once before readiness is judged: its pods are known at start, too.
-    let pods_file = config.pods_file.clone().map(|path| pods.open_file(path));
+    let binds = config.ingest.bind.is_some();
+    let pods_file = config.pods_file.clone().map(|path| pods.open_file(path, binds));
     known.extend(pods_file.iter().flat_map(FollowedFile::rows));
 
     let mut supervisor = Supervisor::new(requested.clone());

@@ -22,6 +22,7 @@ use std::{
 use crate::{
     ingest::{
         AddError, Key, NOT_BOUND,
+        discovery::MAX_POD_ID_BYTES,
         fleet::{PodDeclaration, lock},
         frame::{self, Frame},
         line::{Change, Line},
@@ -575,6 +576,3 @@ impl Worker {
         true
     }
 }
-
-/// Longest pod id that a topic may carry.
-const MAX_POD_ID_BYTES: usize = 512;
