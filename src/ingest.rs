@@ -99,8 +99,8 @@ pub enum AddError {
 }
 
 impl AddError {
-    fn endpoint(pod: &str, why: impl ToString) -> Self {
-        Self::Endpoint { pod: pod.to_owned(), why: why.to_string() }
+    fn endpoint(pod: &str, why: &str) -> Self {
+        Self::Endpoint { pod: pod.to_owned(), why: why.to_owned() }
     }
 }
 

@@ -434,13 +434,14 @@ mod tests {
             stream.write_all((head + body).as_bytes()).await.unwrap();
         });
         let stop = CancellationToken::new();
-        let asking = tokio::spawn(Arc::clone(&pods).run_discovery(stop.clone()));
+        let mut asking = JoinSet::new();
+        asking.spawn(Arc::clone(&pods).run_discovery(stop.clone()));
         eventually("the answer leads to a subscription", || {
             pods.ingest.declaration("speaks", Some(0)).is_some()
         })
         .await;
         stop.cancel();
-        asking.await.unwrap().unwrap();
+        asking.join_next().await.unwrap().unwrap().unwrap();
         pods.ingest.stop(ASK_TIMEOUT).unwrap();
     }
 

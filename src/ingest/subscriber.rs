@@ -425,7 +425,7 @@ impl Worker {
             if let Kind::Connect { lead, .. } = source.close() {
                 lead.remove();
             }
-            return Err(AddError::endpoint(pod, error));
+            return Err(AddError::endpoint(pod, &error.to_string()));
         }
         Ok(source)
     }
