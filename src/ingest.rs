@@ -52,12 +52,16 @@ use crate::{hash::Models, model::TierTable};
 const ANSWER: Duration = Duration::from_secs(10);
 /// The thread that has the bound socket, if there is one.
 const BOUND: usize = 0;
+/// Why a pod without endpoint is refused.
+const NOT_BOUND: &str = "it has none, and there is no bound socket that it could connect to";
 
 /// The running ingest path. [`stop`](Self::stop) it before it is dropped.
 #[derive(Debug)]
 pub struct Ingest {
     context: Arc<Context>,
     subscribers: Vec<Subscriber>,
+    /// [`ANSWER`]; tests have less.
+    patience: Duration,
     /// Who declared what, and on which thread it runs.
     declared: Mutex<HashMap<Key, Declared>>,
 }
@@ -75,12 +79,29 @@ struct Declared {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AddError {
-    /// As many rows as configured, or an endpoint that ZeroMQ refuses.
-    #[error("no room for pod {0}, or its endpoint cannot be used")]
-    Refused(String),
-    /// The subscriber thread did not answer.
+    /// As many rows as configured.
+    #[error("no room for pod {0}")]
+    Full(String),
+    /// An endpoint that ZeroMQ refuses.
+    #[error("pod {pod}: its endpoint cannot be used: {why}")]
+    Endpoint {
+        /// The pod.
+        pod: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// No socket can be had.
+    #[error("no socket for pod {0}: {1}")]
+    Refused(String, String),
+    /// The subscriber thread did not answer; it undoes what it may still begin.
     #[error("the subscriber thread does not answer")]
     Busy,
+}
+
+impl AddError {
+    fn endpoint(pod: &str, why: &str) -> Self {
+        Self::Endpoint { pod: pod.to_owned(), why: why.to_owned() }
+    }
 }
 
 impl Ingest {
@@ -111,7 +132,7 @@ impl Ingest {
         let subscribers = (0..threads)
             .map(|number| Subscriber::start(&context, number))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let ingest = Self { context, subscribers, declared: Mutex::default() };
+        let ingest = Self { context, subscribers, patience: ANSWER, declared: Mutex::default() };
         if let Some(endpoint) = bind {
             ingest.bind(&endpoint)?;
         }
@@ -119,7 +140,7 @@ impl Ingest {
     }
 
     fn bind(&self, endpoint: &str) -> anyhow::Result<()> {
-        let (heard, answer) = sync_channel(1);
+        let (heard, answer) = sync_channel(0);
         let told = self.subscribers[BOUND].tell(Command::Bind(endpoint.into(), heard));
         anyhow::ensure!(told, "the subscriber thread does not take commands");
         match answer.recv_timeout(ANSWER) {
@@ -154,16 +175,12 @@ impl Ingest {
             .min_by_key(|thread| declared.values().filter(|other| other.thread == *thread).count())
             .unwrap_or_default();
         let declaration = Arc::new(declaration);
-        match self.ask(thread, |heard| Command::Add(Arc::clone(&declaration), heard)) {
-            Some(true) => {
-                // It may have come to the bound socket by itself before.
-                self.dismiss(&key);
-                declared.insert(key, Declared { declaration, thread });
-                Ok(())
-            }
-            Some(false) => Err(AddError::Refused(key.0)),
-            None => Err(AddError::Busy),
-        }
+        self.ask(thread, |heard| Command::Add(Arc::clone(&declaration), heard))
+            .unwrap_or(Err(AddError::Busy))?;
+        // It may have come to the bound socket by itself before.
+        self.dismiss(&key);
+        declared.insert(key, Declared { declaration, thread });
+        Ok(())
     }
 
     fn expect(
@@ -173,18 +190,13 @@ impl Ingest {
         declaration: PodDeclaration,
     ) -> Result<(), AddError> {
         if self.context.config.bind.is_none() {
-            return Err(AddError::Refused(key.0));
+            return Err(AddError::endpoint(&key.0, NOT_BOUND));
         }
         let declaration = Arc::new(declaration);
         let expect = |heard| Command::Expect(Arc::clone(&declaration), heard);
-        match self.ask(BOUND, expect) {
-            Some(true) => {
-                declared.insert(key, Declared { declaration, thread: BOUND });
-                Ok(())
-            }
-            Some(false) => Err(AddError::Refused(key.0)),
-            None => Err(AddError::Busy),
-        }
+        self.ask(BOUND, expect).unwrap_or(Err(AddError::Busy))?;
+        declared.insert(key, Declared { declaration, thread: BOUND });
+        Ok(())
     }
 
     /// Ends the publisher declared for this pod and rank, or come by itself to the bound socket;
@@ -233,7 +245,8 @@ impl Ingest {
         if declared.declaration.endpoint.is_empty() {
             self.dismiss(key);
         } else {
-            self.ask(declared.thread, |heard| Command::Remove(key.0.clone(), key.1, heard));
+            let remove = |heard| Command::Remove(key.0.clone(), key.1, heard);
+            self.ask(declared.thread, remove);
         }
     }
 
@@ -244,26 +257,113 @@ impl Ingest {
     }
 
     /// What a thread says to a command; `None` when it says nothing.
-    fn ask(
-        &self,
-        thread: usize,
-        command: impl FnOnce(SyncSender<bool>) -> Command,
-    ) -> Option<bool> {
-        let (heard, answer) = sync_channel(1);
+    fn ask<T>(&self, thread: usize, command: impl FnOnce(SyncSender<T>) -> Command) -> Option<T> {
+        // Without room, so that the thread knows whether its answer was heard.
+        let (heard, answer) = sync_channel(0);
         let told = self.subscribers[thread].tell(command(heard));
-        let said = if told { answer.recv_timeout(ANSWER).ok() } else { None };
+        let said = if told { answer.recv_timeout(self.patience).ok() } else { None };
         if said.is_none() {
             tracing::error!(thread, "The subscriber thread does not answer.");
         }
         said
     }
 
+    /// Do all threads run, as they do until [`stop`](Self::stop)?
+    ///
+    /// # Errors
+    ///
+    /// When one has ended: its publishers are frozen, and nothing brings it back.
+    pub fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(!self.context.lanes.has_ended(), "a lane ended early");
+        let ended = self.subscribers.iter().any(Subscriber::has_ended);
+        anyhow::ensure!(!ended, "a subscriber thread ended early");
+        Ok(())
+    }
+
     /// Closes the sockets, applies what is queued for `patience` at most, and joins the threads.
-    /// Returns whether everything was applied.
-    pub fn stop(&self, patience: Duration) -> bool {
-        for subscriber in &self.subscribers {
-            subscriber.stop();
+    ///
+    /// # Errors
+    ///
+    /// When not everything was received and applied: a thread panicked, or there was no time.
+    pub fn stop(&self, patience: Duration) -> anyhow::Result<()> {
+        // All of them, whatever became of the first.
+        let received: Vec<_> = self.subscribers.iter().map(Subscriber::stop).collect();
+        self.context.lanes.stop(patience)?;
+        received.into_iter().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::{IndexConfig, naive::NaiveIndex};
+
+    fn ingest(config: IngestConfig) -> Ingest {
+        let fleet = Arc::new(Fleet::new(Arc::new(NaiveIndex::new(IndexConfig::default()))));
+        let metrics = IngestMetrics::register(&prometheus::Registry::new()).unwrap();
+        Ingest::start(config, Models::default(), Arc::default(), fleet, metrics).unwrap()
+    }
+
+    #[test]
+    fn a_subscriber_thread_that_panicked_is_noticed_and_reported() {
+        let ingest = ingest(IngestConfig::default());
+        ingest.check().unwrap();
+        assert!(ingest.subscribers[0].tell(Command::Panic));
+        let deadline = std::time::Instant::now() + ANSWER;
+        while ingest.check().is_ok() && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
         }
-        self.context.lanes.stop(patience)
+        let early = ingest.check().unwrap_err().to_string();
+        assert_eq!(early, "a subscriber thread ended early");
+        let stopped = ingest.stop(ANSWER).unwrap_err().to_string();
+        assert_eq!(stopped, "a subscriber thread panicked");
+    }
+
+    #[test]
+    fn a_pod_that_was_added_too_late_is_taken_back() {
+        let config =
+            IngestConfig { lanes: 1, bind: Some("tcp://127.0.0.1:*".into()), ..Default::default() };
+        let mut ingest = ingest(config);
+        ingest.patience = Duration::from_millis(20);
+        let pod = |endpoint: &str| PodDeclaration {
+            pod: "a".to_owned(),
+            endpoint: endpoint.to_owned(),
+            ..Default::default()
+        };
+        let rows = |ingest: &Ingest| ingest.context.shared.fleet.table().rows.len();
+        for endpoint in ["tcp://127.0.0.1:1", ""] {
+            let (go_on, paused) = sync_channel(0);
+            assert!(ingest.subscribers[0].tell(Command::Pause(paused)));
+            assert_eq!(ingest.add(pod(endpoint)), Err(AddError::Busy));
+            drop(go_on);
+            ingest.patience = ANSWER;
+            // Commands are obeyed in order, so the late one is done.
+            assert!(!ingest.remove("a", None), "{endpoint:?}");
+            assert_eq!((rows(&ingest), ingest.subscriptions()), (0, 1), "{endpoint:?}");
+            ingest.patience = Duration::from_millis(20);
+        }
+        ingest.patience = ANSWER;
+        ingest.add(pod("tcp://127.0.0.1:1")).unwrap();
+        assert_eq!(rows(&ingest), 1);
+        ingest.stop(ANSWER).unwrap();
+    }
+
+    #[test]
+    fn an_endpoint_that_cannot_be_used_is_not_want_of_room() {
+        let ingest = ingest(IngestConfig::default());
+        for endpoint in ["", "udp://127.0.0.1:1", "tcp://127.0.0.1"] {
+            let pod = PodDeclaration {
+                pod: "a".to_owned(),
+                endpoint: endpoint.to_owned(),
+                ..Default::default()
+            };
+            let added = ingest.add(pod);
+            assert!(
+                matches!(&added, Err(AddError::Endpoint { pod, .. }) if pod == "a"),
+                "{added:?}"
+            );
+        }
+        assert!(ingest.context.shared.fleet.table().rows.is_empty());
+        ingest.stop(ANSWER).unwrap();
     }
 }

@@ -8,7 +8,8 @@ use crate::ingest::fleet::PodDeclaration;
 ///
 /// # Contract
 ///
-/// * Neither call blocks on a network or waits for a subscription to come up.
+/// * Neither call waits for a network or for a subscription to come up, but both wait for the threads
+///   of ingest, for seconds if those are busy: they are called where blocking is allowed.
 /// * Registering an equal declaration again changes nothing; a different one for the same (pod,
 ///   rank) restarts its publisher.
 /// * After [`unregister`](Self::unregister) returned, no later lookup sees the pod's blocks.

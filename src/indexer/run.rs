@@ -1,6 +1,6 @@
 //! Wiring: configuration → running service.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{net::TcpListener, sync::watch};
@@ -27,6 +27,9 @@ use crate::{
         task::{Stage, Supervisor},
     },
 };
+
+/// How often it is looked whether the threads of ingest still run.
+const THREAD_CHECK: Duration = Duration::from_millis(100);
 
 /// Where a running indexer listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +105,8 @@ pub async fn run(
     }
 
     // Read once before readiness is judged: its pods are known at start, too.
-    let pods_file = config.pods_file.clone().map(|path| pods.open_file(path));
+    let binds = config.ingest.bind.is_some();
+    let pods_file = config.pods_file.clone().map(|path| pods.open_file(path, binds));
     known.extend(pods_file.iter().flat_map(FollowedFile::rows));
 
     let mut supervisor = Supervisor::new(requested.clone());
@@ -131,20 +135,20 @@ pub async fn run(
         speculations.run(stop).await
     });
     let discovery = Arc::clone(&pods);
-    supervisor.spawn(Stage::Receive, "discovery", |stop| async move {
-        discovery.run_discovery(stop).await
-    });
+    supervisor.spawn(Stage::Receive, "discovery", |stop| discovery.run_discovery(stop));
     if let Some(file) = pods_file {
         let every = config.pods_file_poll;
-        supervisor.spawn(Stage::Receive, "pods file", move |stop| async move {
-            pods.run_file(file, every, stop).await
-        });
+        supervisor.spawn(Stage::Receive, "pods file", |stop| pods.run_file(file, every, stop));
     }
     supervisor.spawn_thread(Stage::Apply, "ingest", move |stop| {
-        // The threads below run by themselves; this one ends them, in order.
-        tokio::runtime::Builder::new_current_thread().build()?.block_on(stop.cancelled());
-        anyhow::ensure!(ingest.stop(drain), "queued batches were not applied within {drain:?}");
-        Ok(())
+        // The threads below run by themselves; this one notices if one does not, and ends them, in
+        // order.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        let stopped = || tokio::time::timeout(THREAD_CHECK, stop.cancelled());
+        while runtime.block_on(async { stopped().await.is_err() }) {
+            ingest.check()?;
+        }
+        ingest.stop(drain)
     })?;
     let state = ready;
     let routes = Routes::new()

@@ -33,7 +33,7 @@ use crate::{
     indexer::{
         ApiConfig, ScoreError,
         metrics::{Rpc, ScoreMetrics},
-        registry::PodRegistry,
+        registry::{PodRegistry, RegistryError},
         speculation::Speculations,
         tokenize::Tokenize,
     },
@@ -150,6 +150,15 @@ fn reply<T>(answer: Result<T, ScoreError>) -> Result<Response<T>, Status> {
     answer.map(Response::new).map_err(Status::from)
 }
 
+/// Runs a call that waits for other threads.
+async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, ScoreError> + Send + 'static,
+) -> Result<T, ScoreError> {
+    tokio::task::spawn_blocking(call)
+        .await
+        .unwrap_or_else(|error| Err(RegistryError::Unavailable(error.to_string()).into()))
+}
+
 fn code_of<T>(answer: &Result<T, ScoreError>) -> Code {
     answer.as_ref().map_or_else(ScoreError::code, |_| Code::Ok)
 }
@@ -204,14 +213,16 @@ impl KvIndexer for Service {
         &self,
         request: Request<pb::RegisterPodRequest>,
     ) -> Result<Response<pb::RegisterPodResponse>, Status> {
-        reply(self.inner.register_pod(request.into_inner()))
+        let inner = Arc::clone(&self.inner);
+        reply(blocking(move || inner.register_pod(request.into_inner())).await)
     }
 
     async fn unregister_pod(
         &self,
         request: Request<pb::UnregisterPodRequest>,
     ) -> Result<Response<pb::UnregisterPodResponse>, Status> {
-        reply(self.inner.unregister_pod(request.get_ref()))
+        let inner = Arc::clone(&self.inner);
+        reply(blocking(move || inner.unregister_pod(request.get_ref())).await)
     }
 
     async fn wait_visible(

@@ -5,33 +5,41 @@
 
 use crate::ingest::fleet::PodDeclaration;
 
+/// Bytes of a pod's name at most, wherever it is declared or announced.
+pub const MAX_POD_ID_BYTES: usize = 512;
+/// Largest rank that can be declared.
+pub const MAX_RANK: u32 = 65_535;
+/// Largest engine block size that is believed, in tokens. Hybrid models of vLLM align blocks with
+/// their state pages and reach a few thousand.
+pub const MAX_BLOCK_SIZE: u64 = 65_536;
+
 mod address;
 mod engine;
 mod http;
 mod pods_file;
 
-use self::address::{Scheme, split};
 pub use self::{
+    address::{EndpointUse, check_endpoint},
     engine::{model_of, resolve},
     pods_file::PodsFile,
 };
 
 /// Parses a `--pod` flag: `ID=tcp://host:port[,replay=tcp://host:port][,model=NAME][,rank=N]` or
-/// `ID=http://host:port[,model=NAME]`.
+/// `ID=http://host:port[,model=NAME]`; `ipc://path` is as good as `tcp://host:port`.
 ///
-/// The id may hold `:` and `=`; it ends before the first `=tcp://` or `=http://`. A model name may
-/// hold `=` but no comma.
+/// The id may hold `:` and `=`; it ends before the first `=tcp://`, `=ipc://` or `=http://`. A model
+/// name may hold `=` but no comma.
 ///
 /// # Errors
 ///
 /// A sentence that names the part that is wrong.
 pub fn parse_pod_flag(flag: &str) -> Result<PodDeclaration, String> {
-    let at = ["=tcp://", "=http://"].iter().filter_map(|start| flag.find(start)).min();
+    let at = ["=tcp://", "=ipc://", "=http://"].iter().filter_map(|start| flag.find(start)).min();
     let Some((pod, rest)) = at.and_then(|at| flag.split_at_checked(at)) else {
         return Err(match flag.split_once('=') {
             None => format!("{flag:?}: want ID=tcp://host:port or ID=http://host:port"),
             Some((_, endpoint)) => {
-                format!("endpoint {endpoint:?} starts with neither tcp:// nor http://")
+                format!("endpoint {endpoint:?} starts with none of tcp://, ipc:// and http://")
             }
         });
     };
@@ -40,7 +48,8 @@ pub fn parse_pod_flag(flag: &str) -> Result<PodDeclaration, String> {
     }
     let mut parts = rest.trim_start_matches('=').split(',');
     let endpoint = parts.next().unwrap_or_default();
-    let scheme = check_endpoint("endpoint", endpoint)?;
+    check("endpoint", endpoint, EndpointUse::ConnectOrAsk)?;
+    let asked = endpoint.starts_with("http://");
     let mut declaration = PodDeclaration {
         pod: pod.to_owned(),
         endpoint: endpoint.to_owned(),
@@ -53,11 +62,11 @@ pub fn parse_pod_flag(flag: &str) -> Result<PodDeclaration, String> {
         let repeated = match key {
             "model" if value.is_empty() => return Err("model is empty".to_owned()),
             "model" => declaration.model.replace(value.to_owned()).is_some(),
-            "replay" | "rank" if scheme == Scheme::Http => {
+            "replay" | "rank" if asked => {
                 return Err(format!("{key}: an http:// engine announces it itself"));
             }
             "replay" => {
-                check_tcp("replay", value)?;
+                check("replay", value, EndpointUse::Connect)?;
                 declaration.replay_endpoint.replace(value.to_owned()).is_some()
             }
             "rank" => {
@@ -73,25 +82,9 @@ pub fn parse_pod_flag(flag: &str) -> Result<PodDeclaration, String> {
     Ok(declaration)
 }
 
-/// Checks an endpoint to connect to, and says which kind it is.
-fn check_endpoint(what: &str, endpoint: &str) -> Result<Scheme, String> {
-    let (scheme, host, port) = split(endpoint).map_err(|why| format!("{what} {why}"))?;
-    if address::is_wildcard(host) {
-        return Err(format!(
-            "{what} {endpoint:?}: {host} is an address to bind, not to connect to"
-        ));
-    }
-    if port == 0 {
-        return Err(format!("{what} {endpoint:?}: port 0 cannot be connected to"));
-    }
-    Ok(scheme)
-}
-
-fn check_tcp(what: &str, endpoint: &str) -> Result<(), String> {
-    match check_endpoint(what, endpoint)? {
-        Scheme::Tcp => Ok(()),
-        Scheme::Http => Err(format!("{what} {endpoint:?} does not start with tcp://")),
-    }
+/// Checks an endpoint; the message names it.
+fn check(what: &str, endpoint: &str, usage: EndpointUse) -> Result<(), String> {
+    check_endpoint(endpoint, usage).map_err(|why| format!("{what} {endpoint:?}: {why}"))
 }
 
 #[cfg(test)]
@@ -126,6 +119,14 @@ mod tests {
             },
         );
         good(
+            "a=ipc:///tmp/kv",
+            &PodDeclaration {
+                pod: "a".to_owned(),
+                endpoint: "ipc:///tmp/kv".to_owned(),
+                ..PodDeclaration::default()
+            },
+        );
+        good(
             "a=b=http://[::1]:8000,model=m",
             &PodDeclaration {
                 pod: "a=b".to_owned(),
@@ -140,22 +141,27 @@ mod tests {
     fn pod_flags_that_are_wrong() {
         bad("", r#""": want ID=tcp://host:port or ID=http://host:port"#);
         bad("tcp://h:1", r#""tcp://h:1": want ID=tcp://host:port or ID=http://host:port"#);
-        bad("a=ipc:///x", r#"endpoint "ipc:///x" starts with neither tcp:// nor http://"#);
+        bad("a=h:1", r#"endpoint "h:1" starts with none of tcp://, ipc:// and http://"#);
         bad("=tcp://h:1", r#""=tcp://h:1": the pod id before = is empty"#);
-        bad("a=tcp://h", r#"endpoint "tcp://h" has no port"#);
-        bad("a=tcp://:1", r#"endpoint "tcp://:1" has no host"#);
-        bad("a=tcp://h:x", r#"endpoint "tcp://h:x": port "x" is not in 0..=65535"#);
-        bad("a=tcp://h:0", r#"endpoint "tcp://h:0": port 0 cannot be connected to"#);
-        bad("a=tcp://*:1", r#"endpoint "tcp://*:1": * is an address to bind, not to connect to"#);
-        bad("a=tcp://::1:1", r#"endpoint "tcp://::1:1": an IPv6 host needs brackets"#);
-        bad("a=tcp://h:1/x", r#"endpoint "tcp://h:1/x" has a path"#);
+        for (endpoint, why) in [
+            ("tcp://h", "no port"),
+            ("tcp://:1", "host is not a name or address"),
+            ("tcp://h:0", "port is not in 1..=65535"),
+            ("tcp://*:1", "* is an address to bind, not to connect to"),
+            ("http://h:1/x", "a path"),
+        ] {
+            let forms = "must be tcp://host:port, ipc://path or http://host:port";
+            bad(&format!("a={endpoint}"), &format!("endpoint {endpoint:?}: {why}; {forms}"));
+        }
         bad("a=tcp://h:1,", r#"option "": want replay=, model= or rank="#);
         bad("a=tcp://h:1,rack=1", r#"option "rack" is none of replay, model, rank"#);
         bad("a=tcp://h:1,rank=-1", r#"rank "-1" is not a number"#);
         bad("a=tcp://h:1,rank=1,rank=1", "rank is given twice");
         bad("a=tcp://h:1,model=", "model is empty");
-        bad("a=tcp://h:1,replay=h:2", r#"replay "h:2" starts with neither tcp:// nor http://"#);
-        bad("a=tcp://h:1,replay=http://h:2", r#"replay "http://h:2" does not start with tcp://"#);
+        for (replay, why) in [("h:2", "no scheme"), ("http://h:2", "scheme not supported here")] {
+            let why = format!("replay {replay:?}: {why}; must be tcp://host:port or ipc://path");
+            bad(&format!("a=tcp://h:1,replay={replay}"), &why);
+        }
         bad("a=http://h:1,rank=1", "rank: an http:// engine announces it itself");
     }
 }

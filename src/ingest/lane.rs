@@ -200,9 +200,17 @@ impl Lanes {
         pipe
     }
 
-    /// Lets the lanes finish what is queued, for `patience` at most, and joins them. Returns
-    /// whether everything was applied.
-    pub(crate) fn stop(&self, patience: Duration) -> bool {
+    /// Has a lane ended? Before [`stop`](Self::stop) none does by itself.
+    pub(crate) fn has_ended(&self) -> bool {
+        lock(&self.threads).iter().any(JoinHandle::is_finished)
+    }
+
+    /// Lets the lanes finish what is queued, for `patience` at most, and joins them.
+    ///
+    /// # Errors
+    ///
+    /// When not everything was applied: for want of time, or because a lane panicked.
+    pub(crate) fn stop(&self, patience: Duration) -> anyhow::Result<()> {
         for ready in &self.ready {
             lock(&ready.list).1 = true;
             ready.more.notify_all();
@@ -211,16 +219,13 @@ impl Lanes {
         let deadline = Instant::now() + patience;
         while threads.iter().any(|thread| !thread.is_finished()) {
             if Instant::now() >= deadline {
-                return false;
+                anyhow::bail!("queued batches were not applied within {patience:?}");
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        for thread in threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("A lane panicked.");
-            }
-        }
-        true
+        let panicked = threads.drain(..).filter_map(|thread| thread.join().err()).count();
+        anyhow::ensure!(panicked == 0, "{panicked} lanes panicked");
+        Ok(())
     }
 }
 
@@ -252,5 +257,26 @@ fn run(lane: usize, ready: &Ready, pipes: &Mutex<Pipes>) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_that_panicked_is_noticed_and_reported() {
+        let patience = Duration::from_secs(10);
+        let lanes = Lanes::start(2).unwrap();
+        assert!(!lanes.has_ended());
+        lanes.stop(patience).unwrap();
+        let lanes = Lanes::start(2).unwrap();
+        lock(&lanes.threads).push(std::thread::spawn(|| panic!("by design")));
+        let deadline = Instant::now() + patience;
+        while !lanes.has_ended() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert!(lanes.has_ended());
+        assert_eq!(lanes.stop(patience).unwrap_err().to_string(), "1 lanes panicked");
     }
 }

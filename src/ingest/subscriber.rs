@@ -21,7 +21,8 @@ use std::{
 
 use crate::{
     ingest::{
-        Key,
+        AddError, Key, NOT_BOUND,
+        discovery::MAX_POD_ID_BYTES,
         fleet::{PodDeclaration, lock},
         frame::{self, Frame},
         line::{Change, Line},
@@ -44,19 +45,26 @@ const MOST_TTL_MS: i32 = 6_553_500;
 /// How long a handshake may take at most, milliseconds; libzmq's default.
 const MOST_HANDSHAKE_MS: i32 = 30_000;
 
-/// What a thread is told.
+/// What a thread is told. The senders have no room: who asked has the answer, or has stopped waiting
+/// for it, and then what was begun is undone.
 pub(crate) enum Command {
-    /// Subscribe. The sender hears whether a row could be had.
-    Add(Arc<PodDeclaration>, SyncSender<bool>),
+    /// Subscribe.
+    Add(Arc<PodDeclaration>, SyncSender<Result<(), AddError>>),
     /// Unsubscribe what was declared under this pod and rank; heard when every trace is gone.
     Remove(String, Option<u32>, SyncSender<bool>),
     /// Serve engines that connect to us.
     Bind(String, SyncSender<Result<String, String>>),
     /// Engines of this pod and rank may connect to us. Heard when what was there of it is gone.
-    Expect(Arc<PodDeclaration>, SyncSender<bool>),
+    Expect(Arc<PodDeclaration>, SyncSender<Result<(), AddError>>),
     /// End what came to the bound socket under this pod and rank, and expect it no more; heard when
     /// every trace is gone.
     Dismiss(String, Option<u32>, SyncSender<bool>),
+    /// Panic, to see who notices.
+    #[cfg(test)]
+    Panic,
+    /// Wait for a word, or for the end of who could say it.
+    #[cfg(test)]
+    Pause(Receiver<()>),
 }
 
 /// A running thread.
@@ -117,15 +125,22 @@ impl Subscriber {
         lock(&self.wake).send("", zmq::DONTWAIT).unwrap_or_default();
     }
 
+    /// Has the thread ended? Before [`stop`](Self::stop) it does not by itself.
+    pub(crate) fn has_ended(&self) -> bool {
+        lock(&self.thread).as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
     /// Closes the sockets and joins the thread.
-    pub(crate) fn stop(&self) {
+    ///
+    /// # Errors
+    ///
+    /// When it panicked.
+    pub(crate) fn stop(&self) -> anyhow::Result<()> {
         self.stop.store(true, Ordering::Release);
         self.nudge();
-        if let Some(thread) = lock(&self.thread).take()
-            && thread.join().is_err()
-        {
-            tracing::error!("A subscriber thread panicked.");
-        }
+        let ended = lock(&self.thread).take().map(JoinHandle::join);
+        anyhow::ensure!(!matches!(ended, Some(Err(_))), "a subscriber thread panicked");
+        Ok(())
     }
 }
 
@@ -276,50 +291,41 @@ impl Worker {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Add(declaration, heard) => {
-                let added = match self.connect(&declaration) {
-                    Ok(Some(source)) => {
-                        self.sources.push(source);
-                        true
-                    }
-                    Ok(None) => false,
-                    Err(error) => {
-                        let (pod, endpoint) = (&declaration.pod, &declaration.endpoint);
-                        tracing::error!(%pod, %endpoint, %error, "Cannot subscribe.");
-                        false
-                    }
-                };
-                heard.try_send(added).unwrap_or_default();
+                let added = self.connect(&declaration).map(|source| self.sources.push(source));
+                if heard.send(added).is_err() {
+                    self.disconnect(&declaration.pod, declaration.rank);
+                }
             }
             Command::Remove(pod, rank, heard) => {
-                let at = self.sources.iter().position(|source| match &source.kind {
-                    Kind::Connect { declaration, .. } => {
-                        declaration.pod == pod && declaration.rank == rank
-                    }
-                    Kind::Bind { .. } => false,
-                });
-                let found = at.map(|at| self.sources.swap_remove(at).close());
-                let any = found.is_some();
-                if let Some(Kind::Connect { lead, others, .. }) = found {
-                    lead.remove();
-                    others.into_values().for_each(Publisher::remove);
-                }
-                heard.try_send(any).unwrap_or_default();
+                let any = self.disconnect(&pod, rank);
+                heard.send(any).unwrap_or_default();
             }
             Command::Bind(endpoint, heard) => {
                 let bound = self.bind(&endpoint).map_err(|error| error.to_string());
-                heard.try_send(bound).unwrap_or_default();
+                heard.send(bound).unwrap_or_default();
             }
             Command::Expect(declaration, heard) => {
                 let key = (declaration.pod.clone(), declaration.rank);
                 self.dismiss(&key);
-                let bound = self.bound();
-                let added = bound.map(|(expected, _)| expected.insert(key, declaration)).is_some();
-                heard.try_send(added).unwrap_or_default();
+                let added = match self.bound() {
+                    Some((expected, _)) => {
+                        expected.insert(key.clone(), declaration);
+                        Ok(())
+                    }
+                    None => Err(AddError::endpoint(&key.0, NOT_BOUND)),
+                };
+                if heard.send(added).is_err() {
+                    self.dismiss(&key);
+                }
             }
             Command::Dismiss(pod, rank, heard) => {
                 let any = self.dismiss(&(pod, rank));
-                heard.try_send(any).unwrap_or_default();
+                heard.send(any).unwrap_or_default();
             }
+            #[cfg(test)]
+            Command::Panic => panic!("by design"),
+            #[cfg(test)]
+            Command::Pause(paused) => paused.recv().unwrap_or_default(),
         }
     }
 
@@ -328,6 +334,21 @@ impl Worker {
             Kind::Bind { expected, publishers } => Some((expected, publishers)),
             Kind::Connect { .. } => None,
         })
+    }
+
+    /// Ends the source declared so; returns whether there was one.
+    fn disconnect(&mut self, pod: &str, rank: Option<u32>) -> bool {
+        let at = self.sources.iter().position(|source| match &source.kind {
+            Kind::Connect { declaration, .. } => declaration.pod == pod && declaration.rank == rank,
+            Kind::Bind { .. } => false,
+        });
+        let found = at.map(|at| self.sources.swap_remove(at).close());
+        let any = found.is_some();
+        if let Some(Kind::Connect { lead, others, .. }) = found {
+            lead.remove();
+            others.into_values().for_each(Publisher::remove);
+        }
+        any
     }
 
     fn dismiss(&mut self, key: &Key) -> bool {
@@ -376,19 +397,21 @@ impl Worker {
         Ok(sub)
     }
 
-    fn connect(&mut self, declaration: &Arc<PodDeclaration>) -> zmq::Result<Option<Source>> {
+    fn connect(&mut self, declaration: &Arc<PodDeclaration>) -> Result<Source, AddError> {
         self.opened += 1;
+        let pod = &declaration.pod;
+        let no_socket = |error: zmq::Error| AddError::Refused(pod.clone(), error.to_string());
         let zmq = self.room();
-        let sub = self.socket(&zmq)?;
-        sub.set_subscribe(declaration.topic_filter.as_bytes())?;
+        let sub = self.socket(&zmq).map_err(no_socket)?;
+        sub.set_subscribe(declaration.topic_filter.as_bytes()).map_err(no_socket)?;
         let Some(lead) = Publisher::new(&self.context, declaration, &zmq, Instant::now()) else {
-            return Ok(None);
+            return Err(AddError::Full(pod.clone()));
         };
         let line = match Line::watch(&zmq, &sub, self.opened, &self.context.config) {
             Ok(line) => line,
             Err(error) => {
                 lead.remove();
-                return Err(error);
+                return Err(no_socket(error));
             }
         };
         let kind = Kind::Connect {
@@ -402,9 +425,9 @@ impl Worker {
             if let Kind::Connect { lead, .. } = source.close() {
                 lead.remove();
             }
-            return Err(error);
+            return Err(AddError::endpoint(pod, &error.to_string()));
         }
-        Ok(Some(source))
+        Ok(source)
     }
 
     fn bind(&mut self, endpoint: &str) -> zmq::Result<String> {
@@ -553,6 +576,3 @@ impl Worker {
         true
     }
 }
-
-/// Longest pod id that a topic may carry.
-const MAX_POD_ID_BYTES: usize = 512;

@@ -96,7 +96,7 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// A supervisor that begins its shutdown when `requested` is cancelled.
+    /// A supervisor that begins its shutdown when `requested` is cancelled, and cancels it at a fault.
     #[must_use]
     pub fn new(requested: CancellationToken) -> Self {
         Self {
@@ -184,7 +184,7 @@ impl Supervisor {
     ///
     /// # Errors
     ///
-    /// The first fault of a task, or the names of those that were still running after `drain`.
+    /// The first fault of a task, and the names of those that were still running after `drain`.
     pub async fn run(mut self, grace: Duration, drain: Duration) -> anyhow::Result<()> {
         let mut fault = None;
         tokio::select! {
@@ -192,6 +192,8 @@ impl Supervisor {
             () = self.requested.cancelled() => info!("Shutdown requested."),
             Some(ended) = self.tasks.join_next_with_id() => fault = self.describe(ended, true),
         }
+        // After a fault nobody has asked for the shutdown, and there may be tasks that wait for that.
+        self.requested.cancel();
         self.readiness.drain();
         let grace = tokio::time::sleep(grace);
         tokio::pin!(grace);
@@ -211,7 +213,11 @@ impl Supervisor {
                 stop.cancel();
             }
             self.tasks.shutdown().await;
-            anyhow::bail!("still running after {drain:?} of draining: {names}");
+            let late = format!("still running after {drain:?} of draining: {names}");
+            return Err(match fault {
+                Some(fault) => fault.context(late),
+                None => anyhow::Error::msg(late),
+            });
         }
         fault.map_or(Ok(()), Err)
     }
@@ -222,14 +228,14 @@ impl Supervisor {
             while self.running.values().any(|&(of, _)| of == stage) {
                 let Some(ended) = self.tasks.join_next_with_id().await else { break };
                 if let Some(error) = self.describe(ended, false) {
-                    error!(error = format!("{error:#}"), "Task failed while draining.");
                     fault.get_or_insert(error);
                 }
             }
         }
     }
 
-    /// Takes an ended task off the books; `early` says that none should have ended yet.
+    /// Takes an ended task off the books and logs its fault; `early` says that none should have ended
+    /// yet.
     fn describe(
         &mut self,
         ended: Result<(Id, anyhow::Result<()>), JoinError>,
@@ -237,12 +243,17 @@ impl Supervisor {
     ) -> Option<anyhow::Error> {
         let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
         let (_, name) = self.running.remove(&id).unwrap_or((Stage::Observe, "unnamed"));
-        match ended {
+        let fault = match ended {
             Ok((_, Ok(()))) if !early => None,
             Ok((_, Ok(()))) => Some(anyhow::format_err!("task {name} ended early")),
             Ok((_, Err(error))) => Some(error.context(format!("task {name}"))),
             Err(join) => Some(anyhow::Error::new(join).context(format!("task {name}"))),
+        };
+        if let Some(fault) = &fault {
+            // At once: the drain may take long, or be cut short from outside.
+            error!(error = format!("{fault:#}"), "Task failed.");
         }
+        fault
     }
 }
 
@@ -303,6 +314,26 @@ mod tests {
         requested.cancel();
         let error = supervisor.run(Duration::ZERO, SECOND).await.unwrap_err().to_string();
         assert!(error.contains("stuck") && !error.contains("fine"), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fault_ends_those_who_wait_for_the_request_and_is_not_lost_in_a_long_drain() {
+        for stuck in [false, true] {
+            let requested = CancellationToken::new();
+            let mut supervisor = Supervisor::new(requested.clone());
+            supervisor.spawn(Stage::Serve, "readiness", |_| async move {
+                requested.cancelled().await;
+                Ok(())
+            });
+            supervisor.spawn(Stage::Apply, "bad", |_| async { anyhow::bail!("by design") });
+            if stuck {
+                supervisor.spawn(Stage::Serve, "stuck", |_| std::future::pending());
+            }
+            let start = tokio::time::Instant::now();
+            let error = format!("{:#}", supervisor.run(SECOND, 60 * SECOND).await.unwrap_err());
+            assert!(error.contains("task bad: by design"), "{error}");
+            assert_eq!((error.contains("stuck"), start.elapsed() >= SECOND), (stuck, stuck));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -155,7 +155,20 @@ async fn a_model_in_the_topic_comes_first() {
 }
 
 #[tokio::test]
-async fn a_missing_model_is_no_error() {
+async fn a_model_that_is_not_told_for_now_is_an_error() {
+    let sources = ok("/kv_event_sources", &json!([{"endpoint": "tcp://*:1", "topic": "kv"}]));
+    for (status, body, why) in [
+        (503, "", "status 503"),
+        (200, "{", "asking http://"),
+        (200, r#"{"data": []}"#, "lists no model"),
+    ] {
+        let error = failure(&[sources.clone(), ("/v1/models", status, body.to_owned())]).await;
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_cannot_be_asked_for_its_model_is_no_error() {
     let sources = json!([{"endpoint": "tcp://*:1"}]);
     let engine = Engine::start(&[ok("/kv_event_sources", &sources)]).await;
     assert_eq!(resolve(&declared(&engine), PATIENCE).await.unwrap()[0].model, None);

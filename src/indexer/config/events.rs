@@ -1,10 +1,10 @@
 //! `kvEventsConfig`: how streams are received, ordered, repaired and queued.
 
-use super::{
-    HOUR_MS, IndexerConfig,
-    units::{self, EndpointUse, check_endpoint},
+use super::{HOUR_MS, IndexerConfig, pods::quoted, units};
+use crate::{
+    ingest::discovery::EndpointUse,
+    support::fields::{Fields, set},
 };
-use crate::support::fields::{Fields, set};
 
 /// Engines whose streams are understood; empty: told by content.
 pub(super) const ENGINES: [(&str, &str); 3] = [("vllm", "vllm"), ("sglang", "sglang"), ("", "")];
@@ -18,7 +18,7 @@ impl IndexerConfig {
         let out = &mut self.ingest;
         let bind = events.parsed("zmqEndpoint", |text| match text {
             "" => Ok(None),
-            text => check_endpoint(text, EndpointUse::Bind).map(|()| Some(text.to_owned())),
+            text => quoted(text, EndpointUse::Bind).map(|()| Some(text.to_owned())),
         });
         out.bind = bind.flatten();
         set(&mut out.topic_filter, events.string("topicFilter"));

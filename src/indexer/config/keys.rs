@@ -6,13 +6,12 @@ use super::IndexerConfig;
 use crate::{
     hash::Models,
     hash::{Algorithm, Scheme},
+    ingest::discovery::MAX_BLOCK_SIZE,
     support::fields::Fields,
 };
 
 /// Tokens per block unless configured, as in vLLM and llm-d.
 const DEFAULT_BLOCK_SIZE: u32 = 16;
-/// Tokens per block at most.
-pub(super) const MAX_BLOCK_SIZE: u64 = 65_536;
 
 impl IndexerConfig {
     /// Reads the hash settings. `block_size` of the command line goes before the document's

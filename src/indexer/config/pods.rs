@@ -2,20 +2,15 @@
 
 use std::collections::HashMap;
 
-use super::{
-    IndexerConfig,
-    events::ENGINES,
-    keys::MAX_BLOCK_SIZE,
-    units::{EndpointUse, check_endpoint},
-};
+use super::{IndexerConfig, events::ENGINES};
 use crate::{
-    ingest::fleet::PodDeclaration,
+    ingest::{
+        discovery::{EndpointUse, MAX_BLOCK_SIZE, MAX_POD_ID_BYTES, MAX_RANK, check_endpoint},
+        fleet::PodDeclaration,
+    },
     model::CountMode,
     support::fields::{Fields, Reader},
 };
-
-/// Bytes of a pod's name at most.
-const MAX_ID_BYTES: usize = 512;
 
 impl IndexerConfig {
     /// Reads `pods`, or takes those of the command line. `engine` is that of pods that name none.
@@ -62,7 +57,7 @@ impl IndexerConfig {
 
 /// With `bound`, a pod without endpoint is one that connects to us.
 fn read_pod(fields: Fields<'_>, bound: bool) -> PodDeclaration {
-    let endpoint = |usage| move |text: &str| check_endpoint(text, usage).map(|()| text.to_owned());
+    let endpoint = |usage| move |text: &str| quoted(text, usage).map(|()| text.to_owned());
     let own = match bound && fields.string("endpoint").unwrap_or_default().is_empty() {
         true => None,
         false => fields.required("endpoint", |fields, name| {
@@ -78,7 +73,7 @@ fn read_pod(fields: Fields<'_>, bound: bool) -> PodDeclaration {
         endpoint: own.unwrap_or_default(),
         replay_endpoint: fields.parsed("replayEndpoint", endpoint(EndpointUse::Connect)),
         model: fields.nonempty("model"),
-        rank: fields.integer("rank", 0..=65_535),
+        rank: fields.integer("rank", 0..=MAX_RANK.into()),
         topic_filter: fields.string("topicFilter").unwrap_or_default(),
         engine: fields.one_of("engine", &ENGINES).unwrap_or_default().to_owned(),
         engine_version: fields.nonempty("engineVersion"),
@@ -93,11 +88,16 @@ fn read_pod(fields: Fields<'_>, bound: bool) -> PodDeclaration {
     pod
 }
 
+/// Checks an endpoint; the message repeats it.
+pub(super) fn quoted(text: &str, usage: EndpointUse) -> Result<(), String> {
+    check_endpoint(text, usage).map_err(|why| format!("{text:?}: {why}"))
+}
+
 fn check_id(id: &str) -> Result<(), String> {
     match id.len() {
         0 => Err("must not be empty".to_owned()),
-        1..=MAX_ID_BYTES => Ok(()),
-        len => Err(format!("has {len} bytes; at most {MAX_ID_BYTES} are legal")),
+        1..=MAX_POD_ID_BYTES => Ok(()),
+        len => Err(format!("has {len} bytes; at most {MAX_POD_ID_BYTES} are legal")),
     }
 }
 
@@ -106,8 +106,8 @@ fn check_declaration(pod: &PodDeclaration) -> Vec<String> {
     let replay = pod.replay_endpoint.as_deref();
     [
         check_id(&pod.pod),
-        check_endpoint(&pod.endpoint, EndpointUse::ConnectOrAsk),
-        replay.map_or(Ok(()), |replay| check_endpoint(replay, EndpointUse::Connect)),
+        quoted(&pod.endpoint, EndpointUse::ConnectOrAsk),
+        replay.map_or(Ok(()), |replay| quoted(replay, EndpointUse::Connect)),
         match pod.block_size {
             Some(size) if !(1..=MAX_BLOCK_SIZE).contains(&u64::from(size)) => {
                 Err(format!("block size {size} is not in 1..={MAX_BLOCK_SIZE}"))

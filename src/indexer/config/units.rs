@@ -1,6 +1,6 @@
-//! Values that are written as text: sizes, Go durations, endpoints.
+//! Values that are written as text: sizes, Go durations.
 
-use std::{net::Ipv6Addr, ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, time::Duration};
 
 use serde_json::Value;
 
@@ -89,54 +89,6 @@ pub(super) fn parse_go_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|_| format!("{text:?} is too long"))
 }
 
-/// What an endpoint is for, and so which forms it may have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum EndpointUse {
-    /// We bind it; the host may be `*`, the port `*` or 0.
-    Bind,
-    /// We connect to it with ZeroMQ.
-    Connect,
-    /// As `Connect`, or `http://host:port` of an engine that is asked.
-    ConnectOrAsk,
-}
-
-/// Checks an endpoint's form: `tcp://host:port`, `ipc://path`, and for some uses
-/// `http://host:port`. User names and passwords are refused, so no endpoint holds a secret.
-pub(super) fn check_endpoint(text: &str, usage: EndpointUse) -> Result<(), String> {
-    let forms = match usage {
-        EndpointUse::Bind | EndpointUse::Connect => "tcp://host:port or ipc://path",
-        EndpointUse::ConnectOrAsk => "tcp://host:port, ipc://path or http://host:port",
-    };
-    let wrong = |why: &str| Err(format!("{text:?}: {why}; must be {forms}"));
-    let Some((scheme, rest)) = text.split_once("://") else { return wrong("no scheme") };
-    let address = match scheme {
-        "ipc" if rest.is_empty() => return wrong("no path"),
-        "ipc" => return Ok(()),
-        "tcp" => rest,
-        "http" if usage == EndpointUse::ConnectOrAsk => rest.strip_suffix('/').unwrap_or(rest),
-        _ => return wrong("scheme not supported here"),
-    };
-    let Some((host, port)) = address.rsplit_once(':') else { return wrong("no port") };
-    let bind = usage == EndpointUse::Bind;
-    match port.parse::<u16>() {
-        Ok(1..) => {}
-        Ok(0) if bind => {}
-        Err(_) if bind && port == "*" => {}
-        _ => return wrong("port is not in 1..=65535"),
-    }
-    let v6 = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-    let legal = match v6 {
-        // A zone, as in fe80::1%eth0, is the system's business.
-        Some(v6) => v6.split('%').next().is_some_and(|v6| v6.parse::<Ipv6Addr>().is_ok()),
-        None if host == "*" => bind,
-        None => {
-            !host.is_empty()
-                && host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
-        }
-    };
-    if legal { Ok(()) } else { wrong("host is not a name or address") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,42 +128,6 @@ mod tests {
         }
         for text in ["", "2", "s", "2 s", "2x", "1m0", "-", "99999999999999999999h"] {
             assert!(parse_go_duration(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn endpoints_are_checked_by_use() {
-        use EndpointUse::{Bind, Connect, ConnectOrAsk};
-        for (text, usage) in [
-            ("tcp://10.0.0.1:5557", Connect),
-            ("tcp://vllm-0.vllm.svc_x:5557", Connect),
-            ("tcp://[2001:db8::1]:5557", Connect),
-            ("tcp://[fe80::1%eth0]:5557", Connect),
-            ("ipc:///tmp/kv.sock", Connect),
-            ("tcp://*:5557", Bind),
-            ("tcp://0.0.0.0:0", Bind),
-            ("tcp://127.0.0.1:*", Bind),
-            ("http://10.0.0.1:8000", ConnectOrAsk),
-            ("http://10.0.0.1:8000/", ConnectOrAsk),
-        ] {
-            assert_eq!(check_endpoint(text, usage), Ok(()), "{text}");
-        }
-        for (text, usage, part) in [
-            ("10.0.0.1:5557", Connect, "no scheme"),
-            ("tcp://10.0.0.1", Connect, "no port"),
-            ("tcp://10.0.0.1:0", Connect, "port"),
-            ("tcp://10.0.0.1:65536", Connect, "port"),
-            ("tcp://*:5557", Connect, "host"),
-            ("tcp://:5557", Bind, "host"),
-            ("tcp://::1:5557", Connect, "host"),
-            ("ipc://", Bind, "no path"),
-            ("http://10.0.0.1:8000", Bind, "not supported"),
-            ("https://10.0.0.1:8000", ConnectOrAsk, "not supported"),
-            ("http://me:secret@10.0.0.1:8000", ConnectOrAsk, "host"),
-            ("http://10.0.0.1:8000/v1", ConnectOrAsk, "port"),
-        ] {
-            let message = check_endpoint(text, usage).unwrap_err();
-            assert!(message.contains(part), "{text}: {message}");
         }
     }
 }

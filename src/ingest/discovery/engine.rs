@@ -22,6 +22,8 @@ use crate::{ingest::fleet::PodDeclaration, wire::Topic};
 /// Ranks per engine at most: a bound for what a broken answer can make us do.
 const MAX_RANKS: u64 = 1024;
 
+const NO_MODELS: &str = "there is no /v1/models";
+
 /// One publisher that an engine announces.
 #[derive(Debug, Default, PartialEq)]
 struct Source {
@@ -48,7 +50,8 @@ struct Engine {
 /// # Errors
 ///
 /// When the engine cannot be asked, announces no publisher that can be connected to, or none of
-/// the declared rank. A model that cannot be found out is no error.
+/// the declared rank. A model that is needed and not told is an error, too, for the declarations
+/// would differ from those of an answer that tells it; unless the engine cannot be asked for it.
 pub async fn resolve(
     declaration: &PodDeclaration,
     timeout: Duration,
@@ -64,13 +67,11 @@ pub async fn resolve(
     let model = if declared_model || engine.sources.iter().all(|s| topic_names_model(&s.topic)) {
         declaration.model.clone()
     } else {
-        match ask_model(&server).await {
-            Ok(model) => Some(model),
-            Err(error) => {
-                tracing::warn!(pod = declaration.pod, %error, "The engine names no model.");
-                None
-            }
+        let model = ask_model(&server).await?;
+        if model.is_none() {
+            tracing::warn!(pod = declaration.pod, "{NO_MODELS}, so the engine names no model.");
         }
+        model
     };
     let single = engine.sources.len() == 1;
     let sources = engine.sources.into_iter().map(|source| PodDeclaration {
@@ -105,14 +106,15 @@ pub async fn resolve(
 ///
 /// When it cannot be asked within `timeout`, or lists none.
 pub async fn model_of(http_address: &str, timeout: Duration) -> anyhow::Result<String> {
-    ask_model(&Server::new(http_address, timeout)?).await
+    ask_model(&Server::new(http_address, timeout)?).await?.context(NO_MODELS)
 }
 
-async fn ask_model(server: &Server<'_>) -> anyhow::Result<String> {
-    let models = server.get("/v1/models").await?.context("there is no /v1/models")?;
+/// The engine's model; none when it has no such path.
+async fn ask_model(server: &Server<'_>) -> anyhow::Result<Option<String>> {
+    let Some(models) = server.get("/v1/models").await? else { return Ok(None) };
     let first = models.pointer("/data/0/id").and_then(Value::as_str);
     match first.filter(|id| !id.is_empty()) {
-        Some(id) => Ok(id.to_owned()),
+        Some(id) => Ok(Some(id.to_owned())),
         None => bail!("/v1/models lists no model"),
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, ensure};
 use serde::Deserialize;
 
-use super::{Scheme, check_endpoint, check_tcp};
+use super::{EndpointUse, MAX_BLOCK_SIZE, MAX_POD_ID_BYTES, MAX_RANK};
 use crate::{ingest::fleet::PodDeclaration, model::CountMode};
 
 /// Longest file that is read, bytes: tens of thousands of pods.
@@ -26,6 +26,7 @@ const RACY: Duration = Duration::from_secs(2);
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct Entry {
     id: String,
+    #[serde(default)]
     endpoint: String,
     replay_endpoint: Option<String>,
     model: Option<String>,
@@ -54,12 +55,14 @@ enum CountModeName {
 
 /// A YAML or JSON list of pods, re-read when it changes.
 ///
-/// Fields of a pod: `id` and `endpoint` (required), `replayEndpoint`, `model`, `rank`,
+/// Fields of a pod, as under `pods` of the configuration: `id` (required), `endpoint` (required if
+/// there is no bound socket that the pod could connect to), `replayEndpoint`, `model`, `rank`,
 /// `topicFilter`, `engine` (`vllm`, `sglang`), `engineVersion`, `trustUnchained`, `countMode`
 /// (`counted`, `set`), `blockSize`, `firstSequence`; their meaning is that of [`PodDeclaration`].
 #[derive(Debug)]
 pub struct PodsFile {
     path: PathBuf,
+    bound: bool,
     seen: Option<Seen>,
 }
 
@@ -71,10 +74,11 @@ enum Seen {
 }
 
 impl PodsFile {
-    /// Watches `path`. Nothing is read yet.
+    /// Watches `path`. Nothing is read yet. With `bound` there is a socket that pods without endpoint
+    /// may connect to.
     #[must_use]
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), seen: None }
+    pub fn new(path: impl Into<PathBuf>, bound: bool) -> Self {
+        Self { path: path.into(), bound, seen: None }
     }
 
     /// The path given.
@@ -106,7 +110,9 @@ impl PodsFile {
         if matches!(&before, Some(Seen::Read { content: before, .. }) if before == content) {
             return Ok(None);
         }
-        parse(content).with_context(|| format!("reading {}", self.path.display())).map(Some)
+        parse(content, self.bound)
+            .with_context(|| format!("reading {}", self.path.display()))
+            .map(Some)
     }
 
     /// The file, unless its metadata shows that it is still the one seen.
@@ -130,35 +136,42 @@ impl PodsFile {
 }
 
 /// Reads a list of pods.
-fn parse(content: &str) -> anyhow::Result<Vec<PodDeclaration>> {
+fn parse(content: &str, bound: bool) -> anyhow::Result<Vec<PodDeclaration>> {
     // A file cut short by its writer is not a fleet without pods; that is `[]`.
     ensure!(!content.trim().is_empty(), "empty; a list without pods is []");
     let entries: Vec<Entry> = serde_saphyr::from_str(content)?;
     let mut known = HashSet::new();
     for (at, entry) in entries.iter().enumerate() {
         let place = || format!("pod {at} ({:?})", entry.id);
-        check(entry).map_err(anyhow::Error::msg).with_context(place)?;
+        check(entry, bound).map_err(anyhow::Error::msg).with_context(place)?;
         ensure!(known.insert((&entry.id, entry.rank)), "{}: listed twice", place());
     }
     Ok(entries.into_iter().map(PodDeclaration::from).collect())
 }
 
-fn check(entry: &Entry) -> Result<(), String> {
-    if entry.id.is_empty() {
-        return Err("id is empty".to_owned());
+/// The rules of `pods` in the configuration.
+fn check(entry: &Entry, bound: bool) -> Result<(), String> {
+    match entry.id.len() {
+        0 => return Err("id is empty".to_owned()),
+        1..=MAX_POD_ID_BYTES => {}
+        len => return Err(format!("id has {len} bytes; at most {MAX_POD_ID_BYTES} are legal")),
     }
-    let scheme = check_endpoint("endpoint", &entry.endpoint)?;
+    if !(bound && entry.endpoint.is_empty()) {
+        super::check("endpoint", &entry.endpoint, EndpointUse::ConnectOrAsk)?;
+    }
     if let Some(replay) = &entry.replay_endpoint {
-        check_tcp("replayEndpoint", replay)?;
-        if scheme == Scheme::Http && entry.rank.is_none() {
-            return Err("replayEndpoint: an http:// engine announces it itself".to_owned());
+        super::check("replayEndpoint", replay, EndpointUse::Connect)?;
+    }
+    for (name, text) in [("model", &entry.model), ("engineVersion", &entry.engine_version)] {
+        if text.as_ref().is_some_and(String::is_empty) {
+            return Err(format!("{name} is empty"));
         }
     }
-    if entry.model.as_ref().is_some_and(String::is_empty) {
-        return Err("model is empty".to_owned());
+    if let Some(rank) = entry.rank.filter(|&rank| rank > MAX_RANK) {
+        return Err(format!("rank {rank} is over {MAX_RANK}"));
     }
-    if entry.block_size == Some(0) {
-        return Err("blockSize is 0".to_owned());
+    if let Some(size) = entry.block_size.filter(|&s| !(1..=MAX_BLOCK_SIZE).contains(&s.into())) {
+        return Err(format!("blockSize {size} is not in 1..={MAX_BLOCK_SIZE}"));
     }
     if !matches!(entry.engine.as_str(), "" | "vllm" | "sglang") {
         return Err(format!("engine {:?} is neither vllm nor sglang", entry.engine));
@@ -211,7 +224,7 @@ mod tests {
 
     #[test]
     fn every_field_is_read() {
-        let pods = parse(FULL).unwrap();
+        let pods = parse(FULL, false).unwrap();
         assert_eq!(
             pods[0],
             PodDeclaration {
@@ -230,14 +243,26 @@ mod tests {
             }
         );
         let json = r#"[{"id": "b", "endpoint": "http://b:8000"}]"#;
-        assert_eq!(parse(json).unwrap(), pods[1..]);
-        assert_eq!(parse("[]").unwrap(), []);
+        assert_eq!(parse(json, false).unwrap(), pods[1..]);
+        assert_eq!(parse("[]", false).unwrap(), []);
+        let ipc = "- {id: a, endpoint: 'ipc:///tmp/kv', replayEndpoint: 'ipc:///tmp/replay'}";
+        assert_eq!(parse(ipc, false).unwrap()[0].endpoint, "ipc:///tmp/kv");
         // Unquoted, they look like numbers.
-        let plain = parse("- {id: 7, endpoint: 'tcp://a:1', engineVersion: 0.30}").unwrap();
+        let plain = parse("- {id: 7, endpoint: 'tcp://a:1', engineVersion: 0.30}", false).unwrap();
         assert_eq!(
             (plain[0].pod.as_str(), plain[0].engine_version.as_deref()),
             ("7", Some("0.30"))
         );
+    }
+
+    #[test]
+    fn an_endpoint_is_needed_unless_there_is_a_bound_socket() {
+        for content in ["- id: a", "- {id: a, endpoint: ''}"] {
+            assert_eq!(parse(content, true).unwrap()[0].endpoint, "");
+            let error = format!("{:#}", parse(content, false).unwrap_err());
+            assert!(error.contains("endpoint"), "{error}");
+        }
+        assert!(parse("- {id: a, endpoint: 'a:1'}", true).is_err());
     }
 
     #[test]
@@ -248,14 +273,19 @@ mod tests {
             ("- id: a", "endpoint"),
             ("- {id: a, endpoint: 'tcp://a:1', port: 1}", "port"),
             ("- {id: '', endpoint: 'tcp://a:1'}", "id is empty"),
-            ("- {id: a, endpoint: 'a:1'}", "pod 0 (\"a\"): endpoint \"a:1\" starts with neither"),
+            ("- {id: a, endpoint: 'a:1'}", "pod 0 (\"a\"): endpoint \"a:1\": no scheme"),
+            ("- {id: a, endpoint: 'tcp://*:1'}", "to bind"),
+            (&format!("- {{id: {}, endpoint: 'tcp://a:1'}}", "a".repeat(513)), "513 bytes"),
+            ("- {id: a, endpoint: 'tcp://a:1', rank: 65536}", "rank"),
+            ("- {id: a, endpoint: 'tcp://a:1', engineVersion: ''}", "engineVersion"),
+            ("- {id: a, endpoint: 'tcp://a:1', blockSize: 65537}", "blockSize"),
             ("- {id: a, endpoint: 'tcp://a:1', engine: trt}", "neither vllm nor sglang"),
             ("- {id: a, endpoint: 'tcp://a:1', countMode: both}", "both"),
             ("- {id: a, endpoint: 'tcp://a:1', blockSize: 0}", "blockSize"),
             ("- {id: a, endpoint: 'tcp://a:1', replayEndpoint: 'http://a:2'}", "replayEndpoint"),
             ("[{id: a, endpoint: 'tcp://a:1'}, {id: a, endpoint: 'tcp://a:2'}]", "pod 1"),
         ] {
-            let error = format!("{:#}", parse(content).unwrap_err());
+            let error = format!("{:#}", parse(content, false).unwrap_err());
             assert!(error.contains(why), "{content}: {error}");
         }
     }
@@ -264,7 +294,7 @@ mod tests {
     fn changes_are_noticed_and_errors_reported_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pods.yaml");
-        let mut file = PodsFile::new(&path);
+        let mut file = PodsFile::new(&path, false);
         assert!(file.changed().is_err());
         assert_eq!(file.changed().unwrap(), None);
         std::fs::write(&path, FULL).unwrap();

@@ -78,6 +78,9 @@ async fn illegal_registrations_are_named() {
     check("pod: 65 bytes, at most 64", register(&"x".repeat(65))).await;
     check("endpoint: ", pb::RegisterPodRequest { endpoint: String::new(), ..ok() }).await;
     check("endpoint: ", pb::RegisterPodRequest { endpoint: "udp://a:1".into(), ..ok() }).await;
+    for endpoint in ["tcp://*:5557", "http://10.0.0.1", "http://10.0.0.1:8000/v1"] {
+        check("endpoint: ", pb::RegisterPodRequest { endpoint: endpoint.into(), ..ok() }).await;
+    }
     let http = "http://10.0.0.1:8000".to_owned();
     check("replay_endpoint: ", pb::RegisterPodRequest { replay_endpoint: http, ..ok() }).await;
     check("engine: ", pb::RegisterPodRequest { engine: "tgi".into(), ..ok() }).await;
