@@ -64,7 +64,8 @@ pub(crate) struct Publisher {
     waiting: Option<(VecDeque<Item>, usize)>,
     /// Rank of the first batch that named one, when none is declared.
     learnt: Option<u32>,
-    warned: bool,
+    /// Why the row cannot be settled, once that is known.
+    blocked: Option<String>,
     /// Where its sockets are made; a share in the context's limit on sockets.
     zmq: Arc<zmq::Context>,
     /// The open replay request.
@@ -107,7 +108,7 @@ impl Publisher {
             waiting: (declaration.model.is_none() || declaration.rank.is_none())
                 .then(Default::default),
             learnt: None,
-            warned: false,
+            blocked: None,
             zmq: Arc::clone(zmq),
             dealer: None,
             started: false,
@@ -238,22 +239,14 @@ impl Publisher {
         let model = self.declaration.model.clone().unwrap_or_else(|| model.to_owned());
         let rank = self.declaration.rank.or(self.learnt).or(rank);
         if model.is_empty() {
-            if !self.warned {
-                self.warned = true;
-                self.row.update(|status| status.reason = NO_MODEL.to_owned());
-                tracing::warn!(
-                    pod = %self.row.id,
-                    "No model in declaration or topic; the pod is not indexed until one is known.",
-                );
-            }
-            return;
+            return self.block(NO_MODEL.to_owned());
         }
         if self.row.id.rank != rank || *self.row.model != *self.context.models.canonical(&model) {
             let (context, models) = (&self.context, &self.context.models);
             let model = models.canonical(&model);
             let id = RowId { pod: Arc::clone(&self.row.id.pod), rank };
             if context.shared.fleet.is_taken(&id, self.row.slot) {
-                return self.cannot_be(&id);
+                return self.block(format!("another publisher is {id}, so nothing is indexed"));
             }
             self.pipe.close();
             let new = context.shared.fleet.replace(
@@ -275,12 +268,12 @@ impl Publisher {
         }
     }
 
-    /// Another publisher is this pod and rank already; this one stays as it is, not indexed.
-    fn cannot_be(&mut self, id: &RowId) {
-        if !self.warned {
-            self.warned = true;
-            self.row.update(|status| status.reason = format!("another publisher is {id}"));
-            tracing::error!(pod = %self.row.id, "Not indexed: another publisher is {id}.");
+    /// Says once why nothing of this publisher is indexed; it stays as it is until that changes.
+    fn block(&mut self, why: String) {
+        if self.blocked.as_ref() != Some(&why) {
+            tracing::warn!(pod = %self.row.id, why, "Not indexed.");
+            self.row.update(|status| status.reason.clone_from(&why));
+            self.blocked = Some(why);
         }
     }
 
@@ -343,7 +336,7 @@ impl Publisher {
             // Nothing is applied yet, so the state is true at once.
             self.row.update(|status| {
                 status.state = state;
-                status.reason = if self.warned { NO_MODEL.to_owned() } else { reason.to_string() };
+                status.reason = self.blocked.clone().unwrap_or_else(|| reason.to_string());
             });
             self.context.shared.fleet.changed();
         }

@@ -83,7 +83,7 @@ fn a_pod_without_a_model_is_warned_about_and_not_indexed() {
     engine.send("store 6 of 81-96 after 5");
     rig.expect("m", "1-96", "a#0=6");
     let log = rig.finish();
-    assert_eq!(log.matches("No model in declaration").count(), 1, "{log}");
+    assert_eq!(log.matches("no model is known").count(), 1, "{log}");
 }
 
 #[test]

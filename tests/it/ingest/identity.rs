@@ -251,3 +251,27 @@ fn hundreds_of_pods() {
     });
     rig.finish();
 }
+
+/// A row without rank that turns out to be one that another publisher is already.
+#[test]
+fn two_publishers_are_not_one_row() {
+    let (mut first, mut second) = (Engine::bind("kv@a@m"), Engine::bind("kv@a@m"));
+    let mut rig = Rig::start(&format!(
+        "readyTimeoutMs: 0\npods: [{{id: a, rank: 0, endpoint: '{}'}}, {{id: a, endpoint: '{}'}}]",
+        first.endpoint, second.endpoint,
+    ));
+    first.subscribed();
+    second.subscribed();
+    first.send("store 1 of 1-16");
+    rig.expect("m", "1-16", "a#0=1");
+    second.send("store 2 of 101-116");
+    crate::support::eventually("the second one says so", || {
+        let rows: Vec<_> = rig.pods().into_iter().filter(|row| row.dp_rank.is_none()).collect();
+        match &rows[..] {
+            [row] if row.reason.contains("another publisher is a#0") => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+    rig.expect("m", "1-16", "a#0=1");
+    rig.expect("m", "101-116", "");
+}

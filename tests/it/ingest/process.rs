@@ -310,3 +310,33 @@ fn an_engine_is_asked_where_it_publishes() {
     assert!(rig.rows().is_empty());
     rig.finish();
 }
+
+/// A log on a full disk, and a peer that connects and never speaks: the service serves, drains and
+/// ends with 0 all the same.
+#[test]
+fn neither_a_full_disk_nor_an_idle_peer_is_a_fault() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kv-indexer"))
+        .args(["--grpc-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"])
+        .args(["--log-level", "debug"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(full)
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+    let grpc = said.next().unwrap().unwrap();
+    let grpc = grpc.strip_prefix("grpc listening on ").unwrap().to_owned();
+    let idle = std::net::TcpStream::connect(grpc).unwrap();
+    crate::support::terminate(&child);
+    let deadline = Instant::now() + crate::support::patience();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "still running");
+        thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(status.code(), Some(0));
+    drop(idle);
+}
