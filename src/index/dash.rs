@@ -15,7 +15,7 @@
 use std::{
     collections::HashSet,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Instant,
@@ -61,12 +61,17 @@ pub struct DashIndex {
     blocks: DashMap<RequestKey, Holders, KeyHash>,
     marks: DashMap<RequestKey, Marks, KeyHash>,
     marked: AtomicUsize,
-    rows: RwLock<Vec<Option<Arc<Row>>>>,
+    rows: ArcSwap<Rows>,
     view: ArcSwap<View>,
     /// Serializes changes of the view and of the rows.
     changing: Mutex<()>,
+    /// Taken before it, while a free slot is looked for.
+    registering: Mutex<()>,
     bytes: AtomicU64,
 }
+
+/// By slot.
+type Rows = Vec<Option<Arc<Row>>>;
 
 #[derive(Debug)]
 struct Row {
@@ -135,9 +140,10 @@ impl DashIndex {
             blocks: DashMap::default(),
             marks: DashMap::default(),
             marked: AtomicUsize::new(0),
-            rows: RwLock::default(),
+            rows: ArcSwap::default(),
             view: ArcSwap::default(),
             changing: Mutex::default(),
+            registering: Mutex::default(),
             bytes: AtomicU64::new(0),
         }
     }
@@ -150,9 +156,24 @@ impl DashIndex {
         })
     }
 
-    fn row(&self, slot: PodSlot) -> Option<Arc<Row>> {
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
-        rows.get(slot.0 as usize)?.clone()
+    /// Puts something in a slot, or takes it out. Returns what was there.
+    fn put(&self, slot: PodSlot, row: Option<Arc<Row>>) -> Option<Arc<Row>> {
+        let _changing = lock(&self.changing);
+        let mut rows = Rows::clone(&self.rows.load());
+        let at = slot.0 as usize;
+        if at == rows.len() && row.is_some() {
+            rows.push(None);
+        }
+        let old = std::mem::replace(rows.get_mut(at)?, row);
+        self.rows.store(Arc::new(rows));
+        old
+    }
+
+    fn read<T>(&self, slot: PodSlot, read: impl FnOnce(&Ledger) -> T) -> Option<T> {
+        let rows = self.rows.load();
+        let row = rows.get(slot.0 as usize)?.as_deref()?;
+        let ledger = lock(&row.ledger);
+        Some(read(&ledger))
     }
 
     /// Runs `write` on the row's ledger and books the bytes that it gained or lost.
@@ -161,7 +182,8 @@ impl DashIndex {
         slot: PodSlot,
         write: impl FnOnce(&mut Ledger, &RowHoldings<'_>) -> T,
     ) -> Option<T> {
-        Some(self.write(slot, &*self.row(slot)?, write))
+        let rows = self.rows.load();
+        Some(self.write(slot, rows.get(slot.0 as usize)?.as_deref()?, write))
     }
 
     fn write<T>(
@@ -244,16 +266,15 @@ impl BlockIndex for DashIndex {
         let block_size = spec.scheme.block_size();
         let row = self.new_row(spec);
         let slot = {
-            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+            let _registering = lock(&self.registering);
+            let rows = self.rows.load();
             let free = rows.iter().position(Option::is_none).unwrap_or(rows.len());
             if free >= self.config.max_pods {
                 return None;
             }
-            if free == rows.len() {
-                rows.push(None);
-            }
-            rows[free] = Some(row);
-            PodSlot(free as u32)
+            let slot = PodSlot(free as u32);
+            self.put(slot, Some(row));
+            slot
         };
         self.change_view(|view| view.add(slot, block_size));
         Some(slot)
@@ -264,13 +285,10 @@ impl BlockIndex for DashIndex {
         self.change_view(|view| view.forget(slot));
         let block_size = spec.scheme.block_size();
         let row = self.new_row(spec);
-        {
-            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
-            match rows.get_mut(slot.0 as usize) {
-                Some(own @ Some(_)) => *own = Some(row),
-                _ => return,
-            }
+        if !self.rows.load().get(slot.0 as usize).is_some_and(Option::is_some) {
+            return;
         }
+        self.put(slot, Some(row));
         self.change_view(|view| view.add(slot, block_size));
     }
 
@@ -287,19 +305,19 @@ impl BlockIndex for DashIndex {
         }
         self.change_view(|view| view.forget(slot));
         // Last, so that the slot is not given out again before every trace of it is gone.
-        let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(row) = rows.get_mut(slot.0 as usize) {
-            *row = None;
-        }
+        self.put(slot, None);
     }
 
     fn store(&self, slot: PodSlot, store: &Store<'_>) -> StoreOutcome {
-        let Some(row) = self.row(slot) else { return StoreOutcome::default() };
-        if self.refuses(&row, store) {
+        let rows = self.rows.load();
+        let Some(row) = rows.get(slot.0 as usize).and_then(Option::as_deref) else {
+            return StoreOutcome::default();
+        };
+        if self.refuses(row, store) {
             let refused = store.keys.len() as u32;
             return StoreOutcome { refused, ..StoreOutcome::default() };
         }
-        self.write(slot, &row, |ledger, out| {
+        self.write(slot, row, |ledger, out| {
             if ledger.learn(store.group, store.kind) {
                 let parts = Parts::new(ledger.groups());
                 self.change_view(|view| view.learn(slot, parts));
@@ -374,11 +392,11 @@ impl BlockIndex for DashIndex {
     }
 
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
-        lock(&self.row(slot)?.ledger).removed_at(key)
+        self.read(slot, |ledger| ledger.removed_at(key))?
     }
 
     fn pod_usage(&self, slot: PodSlot) -> PodUsage {
-        self.row(slot).map(|row| lock(&row.ledger).usage()).unwrap_or_default()
+        self.read(slot, Ledger::usage).unwrap_or_default()
     }
 
     fn usage(&self) -> IndexUsage {

@@ -90,6 +90,7 @@ impl Pipe {
 
     /// Applies up to one turn of items; `true` when there are more.
     fn turn(&self) -> bool {
+        let now = Instant::now();
         for _ in 0..TURN {
             // The applier is locked first: once `close` has it, no item is applied any more.
             let mut applier = lock(&self.applier);
@@ -101,7 +102,7 @@ impl Pipe {
             let Some(applier) = applier.as_mut() else { return false };
             match item {
                 Item::Batch { sequence, payload } => {
-                    applier.batch(sequence, &payload, Instant::now());
+                    applier.batch(sequence, &payload, now);
                     if let Some(cleared) = applier.take_cleared() {
                         *lock(&self.cleared) = Some(cleared);
                     }
