@@ -23,7 +23,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use dashmap::{DashMap, Entry};
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::{
     index::{
@@ -36,10 +36,60 @@ use crate::{
     model::{CountMode, PodSlot, RequestKey},
 };
 
-/// The rows that hold one block, by part and tag.
-#[derive(Debug, Default)]
-pub(super) struct Holders {
-    pub(super) sets: SmallVec<[Held; 1]>,
+/// The rows that hold one block. Most blocks have one holder, which then takes no memory of its own.
+#[derive(Debug)]
+enum Holders {
+    One(PodSlot, Part, u8),
+    Many(Box<SmallVec<[Held; 1]>>),
+}
+
+impl Holders {
+    /// Adds a fact; returns whether it was there before.
+    fn insert(&mut self, slot: PodSlot, part: Part, tag: u8) -> bool {
+        if let Self::One(one, its_part, its_tag) = *self {
+            if (one, its_part, its_tag) == (slot, part, tag) {
+                return true;
+            }
+            *self = Self::Many(Box::new(smallvec![Held::new(one, its_part, its_tag)]));
+        }
+        let Self::Many(sets) = self else { return false };
+        match sets.iter_mut().find(|held| held.part == part && held.tag == tag) {
+            Some(held) => held.slots.insert(slot),
+            None => {
+                sets.push(Held::new(slot, part, tag));
+                false
+            }
+        }
+    }
+
+    /// Takes a fact out; returns whether none is left.
+    fn remove(&mut self, slot: PodSlot, part: Part, tag: u8) -> bool {
+        match self {
+            Self::One(one, its_part, its_tag) => (*one, *its_part, *its_tag) == (slot, part, tag),
+            Self::Many(sets) => {
+                if let Some(at) = sets.iter().position(|held| held.part == part && held.tag == tag)
+                {
+                    sets[at].slots.remove(slot);
+                    if sets[at].slots.is_empty() {
+                        sets.swap_remove(at);
+                    }
+                }
+                sets.is_empty()
+            }
+        }
+    }
+
+    /// What is held, by part and tag; `one` lends the room for a single holder.
+    fn sets<'a>(&'a self, one: &'a mut SmallVec<[Held; 1]>) -> &'a [Held] {
+        match *self {
+            Self::One(slot, part, tag) => {
+                one.clear();
+                one.push(Held::new(slot, part, tag));
+                one
+            }
+            Self::Many(ref sets) => sets,
+        }
+    }
 }
 
 /// One fact's rows. See [`ledger`](super::ledger) for parts and tags.
@@ -48,6 +98,14 @@ pub(super) struct Held {
     pub(super) part: Part,
     pub(super) tag: u8,
     pub(super) slots: SlotSet,
+}
+
+impl Held {
+    fn new(slot: PodSlot, part: Part, tag: u8) -> Self {
+        let mut slots = SlotSet::default();
+        slots.insert(slot);
+        Self { part, tag, slots }
+    }
 }
 
 /// The rows on which a block is expected, each with the marks that say so. A hot prefix has few
@@ -93,28 +151,19 @@ struct RowHoldings<'a> {
 
 impl Holdings for RowHoldings<'_> {
     fn set(&self, key: RequestKey, part: Part, tag: u8) -> bool {
-        let mut holders = self.index.blocks.entry(key).or_default();
-        let sets = &mut holders.sets;
-        if let Some(held) = sets.iter_mut().find(|held| held.part == part && held.tag == tag) {
-            return held.slots.insert(self.slot);
+        match self.index.blocks.entry(key) {
+            Entry::Occupied(mut holders) => holders.get_mut().insert(self.slot, part, tag),
+            Entry::Vacant(vacant) => {
+                vacant.insert(Holders::One(self.slot, part, tag));
+                false
+            }
         }
-        let mut slots = SlotSet::default();
-        slots.insert(self.slot);
-        sets.push(Held { part, tag, slots });
-        false
     }
 
     fn unset(&self, key: RequestKey, part: Part, tag: u8) {
-        let Entry::Occupied(mut holders) = self.index.blocks.entry(key) else { return };
-        let sets = &mut holders.get_mut().sets;
-        let Some(at) = sets.iter().position(|held| held.part == part && held.tag == tag) else {
-            return;
-        };
-        sets[at].slots.remove(self.slot);
-        if sets[at].slots.is_empty() {
-            sets.swap_remove(at);
-        }
-        if sets.is_empty() {
+        if let Entry::Occupied(mut holders) = self.index.blocks.entry(key)
+            && holders.get_mut().remove(self.slot, part, tag)
+        {
             holders.remove();
         }
     }
@@ -129,8 +178,9 @@ impl Holdings for RowHoldings<'_> {
 }
 
 impl DashIndex {
-    /// Estimated bytes of a block's entry in the shared map, with one pod.
-    const BLOCK_BYTES: u64 = ((size_of::<(RequestKey, Holders)>() + 1) * 4 / 3) as u64;
+    /// Estimated bytes of a block's entry in the shared map, with more than one holder.
+    const BLOCK_BYTES: u64 = ((size_of::<(RequestKey, Holders)>() + 1) * 4 / 3
+        + size_of::<SmallVec<[Held; 1]>>()) as u64;
 
     /// An empty index.
     #[must_use]
@@ -369,12 +419,13 @@ impl BlockIndex for DashIndex {
         out.clear();
         let view = self.view.load();
         let any_marks = self.marked.load(Ordering::Relaxed) > 0;
+        let mut one = SmallVec::new();
         let mut walk = lookup::Walk::new(&view, &self.config, keys.len(), tiers);
         for (block, key) in keys.iter().enumerate() {
             let marks = if any_marks { self.marks.get(key) } else { None };
             let marks = marks.as_deref().map_or(&[][..], |marks| marks);
             let holders = self.blocks.get(key);
-            let sets = holders.as_ref().map_or(&[][..], |holders| &holders.sets);
+            let sets = holders.as_ref().map_or(&[][..], |holders| holders.sets(&mut one));
             if !walk.step(block, sets, marks) {
                 break;
             }
@@ -384,8 +435,9 @@ impl BlockIndex for DashIndex {
 
     fn holders(&self, key: RequestKey) -> Vec<PodSlot> {
         let Some(holders) = self.blocks.get(&key) else { return Vec::new() };
-        let mut slots: Vec<PodSlot> =
-            holders.sets.iter().flat_map(|held| held.slots.iter()).collect();
+        let mut one = SmallVec::new();
+        let sets = holders.sets(&mut one);
+        let mut slots: Vec<PodSlot> = sets.iter().flat_map(|held| held.slots.iter()).collect();
         slots.sort_unstable();
         slots.dedup();
         slots
