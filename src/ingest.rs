@@ -40,13 +40,13 @@ use std::{
 pub use self::config::IngestConfig;
 use self::{
     apply::Shared,
-    fleet::{Fleet, PodDeclaration, lock},
+    fleet::{Fleet, PodDeclaration},
     lane::Lanes,
     metrics::IngestMetrics,
     publisher::Context,
     subscriber::{Command, Subscriber},
 };
-use crate::{hash::Models, model::TierTable};
+use crate::{hash::Models, model::TierTable, support::sync::lock};
 
 /// How long a command to a subscriber thread may take.
 const ANSWER: Duration = Duration::from_secs(10);

@@ -4,8 +4,10 @@
 //! Nothing here imports another module of the crate.
 
 pub mod admin;
+pub mod clock;
 pub mod fields;
 pub mod metrics;
 pub mod signal;
+pub mod sync;
 pub mod task;
 pub mod telemetry;

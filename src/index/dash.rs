@@ -206,17 +206,18 @@ impl DashIndex {
         })
     }
 
-    /// Puts something in a slot, or takes it out. Returns what was there.
-    fn put(&self, slot: PodSlot, row: Option<Arc<Row>>) -> Option<Arc<Row>> {
+    /// Puts a row in a slot, or takes it out.
+    fn put(&self, slot: PodSlot, row: Option<Arc<Row>>) {
         let _changing = lock(&self.changing);
         let mut rows = Rows::clone(&self.rows.load());
         let at = slot.0 as usize;
         if at == rows.len() && row.is_some() {
             rows.push(None);
         }
-        let old = std::mem::replace(rows.get_mut(at)?, row);
-        self.rows.store(Arc::new(rows));
-        old
+        if let Some(own) = rows.get_mut(at) {
+            *own = row;
+            self.rows.store(Arc::new(rows));
+        }
     }
 
     fn read<T>(&self, slot: PodSlot, read: impl FnOnce(&Ledger) -> T) -> Option<T> {
@@ -477,28 +478,29 @@ mod tests {
         }
     }
 
+    /// A store at the start of a prompt.
+    fn dense<'a>(keys: &'a [EngineKey], tokens: &'a [u32]) -> Store<'a> {
+        Store {
+            keys,
+            parent: None,
+            tokens,
+            block_size: 4,
+            lora: None,
+            extras: Extras::default(),
+            salt: None,
+            group: None,
+            kind: None,
+            tier: TierTable::GPU,
+            at: Instant::now(),
+        }
+    }
+
     /// Stores `blocks` blocks that nobody else has; returns how many were refused.
     fn store(index: &DashIndex, slot: PodSlot, prompt: u32, blocks: u32) -> u32 {
         let tokens: Vec<u32> = (0..blocks * 4).map(|at| prompt * 100_000 + at).collect();
         let keys: Vec<EngineKey> =
             (0..blocks).map(|at| EngineKey(u64::from(prompt) << 32 | u64::from(at))).collect();
-        let outcome = index.store(
-            slot,
-            &Store {
-                keys: &keys,
-                parent: None,
-                tokens: &tokens,
-                block_size: 4,
-                lora: None,
-                extras: Extras::default(),
-                salt: None,
-                group: None,
-                kind: None,
-                tier: TierTable::GPU,
-                at: Instant::now(),
-            },
-        );
-        outcome.refused
+        index.store(slot, &dense(&keys, &tokens)).refused
     }
 
     #[test]
@@ -567,22 +569,8 @@ mod tests {
             .keys(&spec().scheme)
             .unwrap();
         let store = |group: u32| {
-            index.store(
-                slot,
-                &Store {
-                    keys: &[EngineKey(1)],
-                    parent: None,
-                    tokens: &tokens,
-                    block_size: 4,
-                    lora: None,
-                    extras: Extras::default(),
-                    salt: None,
-                    group: Some(group),
-                    kind: Some(crate::model::GroupKind::Full),
-                    tier: TierTable::GPU,
-                    at: Instant::now(),
-                },
-            );
+            let (group, kind) = (Some(group), Some(crate::model::GroupKind::Full));
+            index.store(slot, &Store { group, kind, ..dense(&[EngineKey(1)], &tokens) });
         };
         let depth = || {
             let mut found = Vec::new();

@@ -236,8 +236,7 @@ impl Ledger {
                 let start = cursor.position;
                 let extras = store.extras.of(at);
                 let laid = cursor.advance(&scheme, tokens, extras, store.lora, &mut scratch);
-                let joint = laid.joint.clone();
-                let place = Place::new(start, laid, &cursor);
+                let (place, joint) = Place::new(start, laid, &cursor);
                 if !self.insert_new((key, part), &place, store.tier, out) {
                     self.bump((key, part), store.tier, out);
                     if self.lay((key, part), place, joint, out) {
@@ -297,8 +296,7 @@ impl Ledger {
                 let laid = orphan.advance(at, &mut cursor, &scheme, &mut scratch);
                 // What was removed while it waited stays removed; the path goes on over it.
                 if self.is_unplaced((key, orphan.part)) {
-                    let joint = laid.joint.clone();
-                    let place = Place::new(start, laid, &cursor);
+                    let (place, joint) = Place::new(start, laid, &cursor);
                     self.lay((key, orphan.part), place, joint, out);
                     if let Some(group) = group {
                         self.lay_elsewhere(key, group, out);

@@ -222,7 +222,8 @@ pub(crate) struct Odd {
 }
 
 impl Place {
-    pub(crate) fn new(start: u32, laid: Laid, cursor: &Cursor) -> Self {
+    /// The place that began at `start` and ends at `cursor`, and what it completes.
+    pub(crate) fn new(start: u32, laid: Laid, cursor: &Cursor) -> (Self, Option<Completed>) {
         let simple = laid.joint.is_none()
             && laid.tail.is_none()
             && cursor.salt.is_none()
@@ -230,13 +231,13 @@ impl Place {
         let odd = (!simple).then(|| {
             Box::new(Odd {
                 whole: laid.whole,
-                head: laid.joint.map(|joint| joint.key.0),
+                head: laid.joint.as_ref().map(|joint| joint.key.0),
                 tail: laid.tail,
                 rest: cursor.tail.clone(),
                 salt: cursor.salt.clone(),
             })
         });
-        Self { start, end: cursor.position, key: cursor.key, odd }
+        (Self { start, end: cursor.position, key: cursor.key, odd }, laid.joint)
     }
 
     pub(crate) fn whole(&self) -> &[RequestKey] {

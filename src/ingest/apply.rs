@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
         sequencer::Reason,
     },
     model::{CountMode, ExtraKey, GroupKind, PodState, TierId, TierTable},
+    support::clock::unix_ns,
     wire::{BatchReader, BlockRemoved, BlockStored, Event, EventError, Limits, Scratch},
 };
 
@@ -200,16 +201,12 @@ impl Applier {
         }
         self.scratch = scratch;
         let visible = unix_ns();
-        let lag_us = if timestamp > 0.0 {
-            (visible as f64 / 1e3 - timestamp * 1e6) as i64
-        } else {
-            self.row.status().lag_us
-        };
-        if timestamp > 0.0 {
+        let lag_us = (timestamp > 0.0).then(|| (visible as f64 / 1e3 - timestamp * 1e6) as i64);
+        if let Some(lag_us) = lag_us {
             metrics.lag.observe((lag_us as f64 / 1e6).max(0.0));
         }
         self.row.update(|status| {
-            status.lag_us = lag_us;
+            status.lag_us = lag_us.unwrap_or(status.lag_us);
             status.rejected_events += rejected;
             status.orphans += orphans;
             status.refused_blocks += refused;
@@ -353,9 +350,4 @@ fn is_unchained(declaration: &PodDeclaration) -> bool {
     });
     let version = [numbers.next(), numbers.next(), numbers.next()].map(Option::unwrap_or_default);
     declaration.engine.eq_ignore_ascii_case("sglang") && version < [0, 5, 7]
-}
-
-/// Wall clock, nanoseconds since the Unix epoch.
-pub(crate) fn unix_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
 }

@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -18,6 +18,7 @@ use crate::{
     hash::Scheme,
     index::{BlockIndex, PodSpec},
     model::{CountMode, PodSlot, PodState, RowId},
+    support::{clock::unix_ns, sync::lock},
 };
 
 /// Visibility instants remembered per row for `WaitVisible`.
@@ -278,10 +279,7 @@ impl Fleet {
     #[must_use]
     pub fn new(index: Arc<dyn BlockIndex>) -> Self {
         // Versions differ between processes, so that a router notices our restart.
-        let start = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(1, |since| since.as_nanos() as u64 >> 12);
-        let version = start.max(1);
+        let version = (unix_ns() >> 12).max(1);
         Self {
             index,
             table: ArcSwap::from_pointee(Table { version, ..Table::default() }),
@@ -384,8 +382,4 @@ impl Fleet {
         self.table.store(Arc::new(Table::new(rows, version)));
         self.changed();
     }
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -14,8 +14,9 @@ use std::{
 };
 
 use crate::{
-    ingest::{apply::Applier, fleet::lock, frame::Frame, sequencer::Reason},
+    ingest::{apply::Applier, frame::Frame, sequencer::Reason},
     model::{CountMode, PodState},
+    support::sync::lock,
 };
 
 /// Items of one queue per turn.

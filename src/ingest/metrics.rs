@@ -1,10 +1,9 @@
 //! What the ingest path counts. Per-pod numbers live in the rows and vanish with them.
 
-use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, core::Collector,
-};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
 use crate::ingest::{fleet::Row, sequencer::Counter};
+use crate::support::metrics::add;
 
 /// Lag from an engine's batch timestamp to its visibility: tens of microseconds on one host,
 /// seconds when a queue backs up or clocks differ.
@@ -150,9 +149,4 @@ impl IngestMetrics {
             _ => {}
         });
     }
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> prometheus::Result<C> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
 }

@@ -23,11 +23,12 @@ use crate::{
     ingest::{
         AddError, Key, NOT_BOUND,
         discovery::MAX_POD_ID_BYTES,
-        fleet::{PodDeclaration, lock},
+        fleet::PodDeclaration,
         frame::{self, Frame},
         line::{Change, Line},
         publisher::{Context, Publisher, most_frame_bytes},
     },
+    support::sync::lock,
     wire::{DecodeError, Frames, Topic, header},
 };
 

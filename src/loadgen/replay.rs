@@ -20,13 +20,16 @@ mod server;
 use std::{
     collections::{HashSet, VecDeque},
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     thread,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use self::server::ReplayServer;
-use crate::loadgen::recording::{Batch, RankStream};
+use crate::{
+    loadgen::recording::{Batch, RankStream},
+    support::{clock::unix_ns, sync::lock},
+};
 
 /// Sequence frame of the last message of a replay: −1.
 pub const END_OF_REPLAY: [u8; 8] = [0xff; 8];
@@ -375,14 +378,4 @@ fn bind(
     }
     let real = socket.get_last_endpoint().map_err(failed)?;
     Ok((socket, real.unwrap_or_else(|_| endpoint.to_owned())))
-}
-
-/// Wall clock, nanoseconds since the Unix epoch.
-#[must_use]
-pub fn unix_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -12,8 +12,8 @@ use std::{
 /// Every module of the library, and the modules that it may name.
 const MAY_IMPORT: [(&str, &[&str]); 9] = [
     ("indexer", &["hash", "index", "ingest", "model", "proto", "support"]),
-    ("loadgen", &["proto"]),
-    ("ingest", &["hash", "index", "model", "wire"]),
+    ("loadgen", &["proto", "support"]),
+    ("ingest", &["hash", "index", "model", "support", "wire"]),
     ("index", &["hash", "model"]),
     ("wire", &["model"]),
     ("hash", &["model"]),

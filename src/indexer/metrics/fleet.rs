@@ -1,9 +1,6 @@
 //! Series that are read from the fleet and the index at each scrape.
 
-use std::{
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use prometheus::{
     GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -15,6 +12,7 @@ use crate::{
     indexer::speculation::Speculations,
     ingest::fleet::{Fleet, Row},
     model::{PodState, TierId, TierTable},
+    support::clock::unix_ns,
 };
 
 const ROW: [&str; 2] = ["pod", "rank"];
@@ -194,9 +192,4 @@ impl Series {
 
 fn gauge(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-fn unix_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

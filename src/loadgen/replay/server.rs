@@ -10,8 +10,9 @@ use std::{
     time::Duration,
 };
 
-use super::{Buffer, END_OF_REPLAY, PublishError, PublisherOptions, ReplayForm, bind, lock};
+use super::{Buffer, END_OF_REPLAY, PublishError, PublisherOptions, ReplayForm, bind};
 use crate::loadgen::recording::RankStream;
+use crate::support::sync::lock;
 
 /// It looks this often whether it should stop, milliseconds.
 const POLL_MS: i64 = 20;

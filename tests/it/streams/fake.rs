@@ -266,7 +266,7 @@ impl Row {
             self.worker.apply(&mut self.chains, &event);
         }
         self.applied = Some(sequence);
-        self.visible.insert(sequence, kv_indexer::loadgen::replay::unix_ns());
+        self.visible.insert(sequence, kv_indexer::support::clock::unix_ns());
     }
 }
 
