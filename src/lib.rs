@@ -8,11 +8,13 @@
 //! | [`index`] | which pod holds which block |
 //! | [`ingest`] | ZeroMQ streams → index, and what each pod's answer can be trusted for |
 //! | [`indexer`] | the service: configuration, gRPC, HTTP admin |
+//! | [`epp`] | the endpoint picker: Envoy ext_proc, scheduling, plugins |
 //! | [`loadgen`] | the load driver |
 //! | [`support`] | configuration reading, telemetry, supervisor, admin server |
 //!
 //! ARCHITECTURE.md has the data flow and the invariants.
 
+pub mod epp;
 pub mod hash;
 pub mod index;
 pub mod indexer;

@@ -12,5 +12,10 @@ pub mod llmd {
     tonic::include_proto!("indexer.v1");
 }
 
-/// The encoded `FileDescriptorSet` of both packages, for gRPC reflection.
+/// Package `envoy.service.ext_proc.v3`: what the endpoint picker speaks of Envoy's protocol.
+pub mod ext_proc {
+    tonic::include_proto!("envoy.service.ext_proc.v3");
+}
+
+/// The encoded `FileDescriptorSet` of both score APIs, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -10,7 +10,8 @@ use std::{
 };
 
 /// Every module of the library, and the modules that it may name.
-const MAY_IMPORT: [(&str, &[&str]); 9] = [
+const MAY_IMPORT: [(&str, &[&str]); 10] = [
+    ("epp", &["proto", "support"]),
     ("indexer", &["hash", "index", "ingest", "model", "proto", "support"]),
     ("loadgen", &["proto", "support"]),
     ("ingest", &["hash", "index", "model", "support", "wire"]),
@@ -25,11 +26,11 @@ const MAY_IMPORT: [(&str, &[&str]); 9] = [
 /// Crates that do I/O or stand for a protocol, and the modules that may know them. The binaries may
 /// know all of them.
 const MAY_KNOW: [(&str, &[&str]); 6] = [
-    ("hyper", &["indexer", "ingest", "support"]),
-    ("prometheus", &["indexer", "ingest", "support"]),
-    ("tokio", &["indexer", "ingest", "loadgen", "support"]),
-    ("tonic", &["indexer", "loadgen", "proto"]),
-    ("tracing", &["indexer", "ingest", "loadgen", "support"]),
+    ("hyper", &["epp", "indexer", "ingest", "loadgen", "support"]),
+    ("prometheus", &["epp", "indexer", "ingest", "support"]),
+    ("tokio", &["epp", "indexer", "ingest", "loadgen", "support"]),
+    ("tonic", &["epp", "indexer", "loadgen", "proto"]),
+    ("tracing", &["epp", "indexer", "ingest", "loadgen", "support"]),
     ("zmq", &["ingest", "loadgen"]),
 ];
 

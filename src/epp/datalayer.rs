@@ -1,0 +1,236 @@
+//! The endpoints and what is known of their load.
+//!
+//! # Model
+//!
+//! A [discovery](crate::epp::datalayer) source upserts and removes [`EndpointInfo`]s in
+//! [`Endpoints`]; a collector scrapes each endpoint and publishes [`Metrics`] snapshots. Readers take
+//! one immutable list per request.
+//!
+//! # Concurrency
+//!
+//! Reads take no lock: the list and every endpoint's metrics are swapped whole.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+
+use crate::support::sync::lock;
+
+/// The label that says whether a pod prefills, decodes or does both.
+pub const ROLE_LABEL: &str = "llm-d.ai/role";
+
+/// Identity of an endpoint: namespace and name, written `namespace/name`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointName {
+    /// Kubernetes namespace, or `default`.
+    pub namespace: String,
+    /// Name within the namespace; with several ports `<pod>-rank-<index>`.
+    pub name: String,
+}
+
+impl fmt::Display for EndpointName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// What a discovery source says of an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointInfo {
+    /// Who it is.
+    pub name: EndpointName,
+    /// Where requests go.
+    pub address: SocketAddr,
+    /// Where its metrics are scraped; usually the same.
+    pub metrics_address: SocketAddr,
+    /// Labels of the pod.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Number of one life of an endpoint: never reused in a process, so that state kept for a removed
+/// endpoint cannot be taken for that of its successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointId(pub u64);
+
+/// The load that an engine reported last.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Metrics {
+    /// Requests waiting in the engine.
+    pub waiting: u64,
+    /// Requests running in the engine.
+    pub running: u64,
+    /// Used fraction of the KV cache, 0 to 1.
+    pub kv_usage: f64,
+    /// LoRA adapters in use, and how many may be.
+    pub lora: LoraMetrics,
+    /// Tokens per KV-cache block; 0 = not reported.
+    pub cache_block_tokens: u64,
+    /// Blocks of the KV cache; 0 = not reported.
+    pub cache_blocks: u64,
+    /// Values of the extractor's `customMetrics`, by attribute key.
+    pub custom: BTreeMap<String, f64>,
+    /// When a scrape last gave any of these; `None` = never, and all of the above are defaults.
+    pub updated: Option<Instant>,
+}
+
+/// `vllm:lora_requests_info`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoraMetrics {
+    /// Adapters with running requests.
+    pub active: Vec<String>,
+    /// Adapters with waiting requests.
+    pub waiting: Vec<String>,
+    /// Adapters that fit at once; 0 = not reported.
+    pub max_active: usize,
+}
+
+/// One endpoint in one of its lives.
+#[derive(Debug)]
+pub struct Endpoint {
+    id: EndpointId,
+    info: EndpointInfo,
+    /// `info.address` as text, formatted once.
+    address: String,
+    metrics: ArcSwap<Metrics>,
+}
+
+impl Endpoint {
+    /// An endpoint outside of any store, for tests and benches.
+    #[must_use]
+    pub fn new(id: EndpointId, info: EndpointInfo) -> Self {
+        let address = info.address.to_string();
+        Self { id, info, address, metrics: ArcSwap::from_pointee(Metrics::default()) }
+    }
+
+    /// The number of this life.
+    #[must_use]
+    pub fn id(&self) -> EndpointId {
+        self.id
+    }
+
+    /// What discovery said.
+    #[must_use]
+    pub fn info(&self) -> &EndpointInfo {
+        &self.info
+    }
+
+    /// `ip:port`, as it goes into `x-gateway-destination-endpoint`.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The address without its port.
+    #[must_use]
+    pub fn ip(&self) -> IpAddr {
+        self.info.address.ip()
+    }
+
+    /// A label of the pod.
+    #[must_use]
+    pub fn label(&self, key: &str) -> Option<&str> {
+        self.info.labels.get(key).map(String::as_str)
+    }
+
+    /// The newest metrics.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.metrics.load_full()
+    }
+
+    /// Publishes newer metrics.
+    pub fn set_metrics(&self, metrics: Metrics) {
+        self.metrics.store(Arc::new(metrics));
+    }
+}
+
+/// A list of endpoints that does not change.
+pub type EndpointList = Arc<[Arc<Endpoint>]>;
+
+/// Hears about the lives of endpoints.
+pub trait EndpointWatcher: fmt::Debug + Send + Sync {
+    /// A new life began.
+    fn added(&self, endpoint: &Arc<Endpoint>);
+    /// A life ended: the endpoint is gone or was replaced. No later list has it.
+    fn removed(&self, endpoint: &Arc<Endpoint>);
+}
+
+/// All endpoints that are ready, as discovery sees them.
+#[derive(Debug, Default)]
+pub struct Endpoints {
+    list: ArcSwap<Vec<Arc<Endpoint>>>,
+    next_id: AtomicU64,
+    /// Held through every change, so that watchers hear changes in order.
+    watchers: Mutex<Vec<Arc<dyn EndpointWatcher>>>,
+}
+
+impl Endpoints {
+    /// No endpoints.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The endpoints of this moment, ordered by name.
+    #[must_use]
+    pub fn list(&self) -> Arc<Vec<Arc<Endpoint>>> {
+        self.list.load_full()
+    }
+
+    /// Tells `watcher` of every endpoint there is and of every later change.
+    pub fn watch(&self, watcher: Arc<dyn EndpointWatcher>) {
+        let mut watchers = lock(&self.watchers);
+        for endpoint in self.list().iter() {
+            watcher.added(endpoint);
+        }
+        watchers.push(watcher);
+    }
+
+    /// Adds an endpoint, or replaces the one of its name if anything about it changed. A change of
+    /// labels alone keeps no state either: it is a new life.
+    pub fn upsert(&self, info: EndpointInfo) {
+        let watchers = lock(&self.watchers);
+        let mut list = Vec::clone(&self.list());
+        let found = list.binary_search_by(|known| known.info.name.cmp(&info.name));
+        if found.is_ok_and(|at| list[at].info == info) {
+            return;
+        }
+        let id = EndpointId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let endpoint = Arc::new(Endpoint::new(id, info));
+        let replaced = match found {
+            Ok(at) => Some(std::mem::replace(&mut list[at], Arc::clone(&endpoint))),
+            Err(at) => {
+                list.insert(at, Arc::clone(&endpoint));
+                None
+            }
+        };
+        self.list.store(Arc::new(list));
+        for watcher in watchers.iter() {
+            if let Some(replaced) = &replaced {
+                watcher.removed(replaced);
+            }
+            watcher.added(&endpoint);
+        }
+    }
+
+    /// Removes an endpoint; unknown names are no fault.
+    pub fn remove(&self, name: &EndpointName) {
+        let watchers = lock(&self.watchers);
+        let mut list = Vec::clone(&self.list());
+        let Ok(at) = list.binary_search_by(|known| known.info.name.cmp(name)) else { return };
+        let removed = list.remove(at);
+        self.list.store(Arc::new(list));
+        for watcher in watchers.iter() {
+            watcher.removed(&removed);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! What data producers say about one request, and the keys under which it is found.
+
+use std::sync::Arc;
+
+/// A kind of data that one plugin writes and others read, for ordering producers and finding missing
+/// ones.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum DataKey {
+    /// Token ids of the prompt.
+    Tokens,
+    /// Prefix matches, of the producer with this configured name.
+    Prefix(Arc<str>),
+    /// Requests and tokens in flight, of the producer with this configured name.
+    InFlight(Arc<str>),
+}
+
+/// How much of a prompt each candidate is believed to hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PrefixMatches {
+    /// Blocks of the prompt.
+    pub total: u32,
+    /// Unit of one block: tokens, or bytes of the prompt, as the producer counts.
+    pub block: u32,
+    /// Blocks that each candidate holds, by index into the cycle's endpoints.
+    pub matched: Vec<u32>,
+}
+
+/// Load that was sent and has not come back, by index into the cycle's endpoints.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct InFlight {
+    /// Requests.
+    pub requests: Vec<u64>,
+    /// Tokens of these requests that had to be computed.
+    pub tokens: Vec<u64>,
+}
+
+/// All that is known of one request before scheduling.
+#[derive(Debug, Default)]
+pub struct Produced {
+    /// Token ids of the prompt, real or estimated.
+    pub tokens: Option<Arc<[u32]>>,
+    prefix: Vec<(Arc<str>, PrefixMatches)>,
+    in_flight: Vec<(Arc<str>, InFlight)>,
+}
+
+impl Produced {
+    /// Nothing known.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The matches that the producer of this name found.
+    #[must_use]
+    pub fn prefix(&self, producer: &str) -> Option<&PrefixMatches> {
+        self.prefix.iter().find(|(name, _)| **name == *producer).map(|(_, matches)| matches)
+    }
+
+    /// Sets the matches of a producer.
+    pub fn set_prefix(&mut self, producer: &Arc<str>, matches: PrefixMatches) {
+        self.prefix.retain(|(name, _)| name != producer);
+        self.prefix.push((Arc::clone(producer), matches));
+    }
+
+    /// The load that the producer of this name counts.
+    #[must_use]
+    pub fn in_flight(&self, producer: &str) -> Option<&InFlight> {
+        self.in_flight.iter().find(|(name, _)| **name == *producer).map(|(_, load)| load)
+    }
+
+    /// Sets the load of a producer.
+    pub fn set_in_flight(&mut self, producer: &Arc<str>, load: InFlight) {
+        self.in_flight.retain(|(name, _)| name != producer);
+        self.in_flight.push((Arc::clone(producer), load));
+    }
+}
