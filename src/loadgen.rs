@@ -6,9 +6,11 @@
 //! | [`recording`] | reads recorded streams |
 //! | [`replay`] | publishes one rank's stream as its engine did: PUB socket and replay socket |
 //! | [`play`] | `loadgen replay`: whole files, paced |
+//! | [`ext_proc`] | `loadgen ext-proc`: Envoy's part towards an endpoint picker, measured |
 //! | [`demo`] | `loadgen`: an indexer, three pods, measured numbers |
 
 pub mod demo;
+pub mod ext_proc;
 pub mod play;
 pub mod recording;
 pub mod replay;

@@ -1,4 +1,4 @@
-//! `loadgen`: plays recorded KV-event streams; without a subcommand, a demo of the indexer.
+//! `loadgen`: plays recorded KV-event streams and drives load; without a subcommand, a demo of the indexer.
 
 use std::{
     io,
@@ -16,13 +16,14 @@ use kv_indexer::{
     indexer::{self, IndexerConfig},
     loadgen::{
         demo::{self, DemoOptions},
+        ext_proc::{self, ExtProcOptions},
         play::{self, PlayOptions},
     },
 };
 use tokio::{sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-/// Plays recorded KV-event streams over real sockets. Without a command: shows, in a few seconds, what
+/// Plays recorded KV-event streams over real sockets, and drives load. Without a command: shows, in a few seconds, what
 /// the indexer makes of three recorded engines.
 #[derive(Debug, Parser)]
 #[command(name = "loadgen", version)]
@@ -38,12 +39,15 @@ struct Arguments {
 enum Command {
     /// Publishes recorded streams as the engines that sent them.
     Replay(PlayOptions),
+    /// Plays Envoy's part towards an endpoint picker and reports its speed and cost.
+    ExtProc(ExtProcOptions),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match arguments.command {
         Some(Command::Replay(options)) => replay(options),
+        Some(Command::ExtProc(options)) => drive(&options),
         None => show(arguments.indexer),
     };
     match outcome {
@@ -77,6 +81,12 @@ fn replay(options: PlayOptions) -> Result<()> {
             }
         }
     })
+}
+
+/// Loads an endpoint picker.
+fn drive(options: &ExtProcOptions) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(ext_proc::run(options, &mut io::stdout()))
 }
 
 /// Runs the demo, against a given indexer or one in this process.

@@ -76,7 +76,7 @@ pub fn encode(registry: &Registry) -> prometheus::Result<String> {
     TextEncoder::new().encode_to_string(&registry.gather())
 }
 
-/// What `/proc/self` says, in the units of the metrics.
+/// What `/proc` says of a process, in the units of the metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Usage {
     /// User and system time of all threads.
@@ -99,18 +99,24 @@ impl Usage {
     /// Reads the values of this process; the ones that cannot be read are absent.
     #[must_use]
     pub fn now() -> Self {
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let open_fds =
-            // One of them is the directory that is being read.
-            fs::read_dir("/proc/self/fd").ok().map(|fds| fds.count().saturating_sub(1) as u64);
+        let usage = Self::read("self");
+        // One of them is the directory that was being read.
+        Self { open_fds: usage.open_fds.map(|fds| fds.saturating_sub(1)), ..usage }
+    }
+
+    /// Reads the values of another process; of one that does not exist all are absent.
+    #[must_use]
+    pub fn of(pid: u32) -> Self {
+        Self::read(&pid.to_string())
+    }
+
+    fn read(process: &str) -> Self {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{file}")).unwrap_or_default();
+        let of = |file: &str| read(&format!("{process}/{file}"));
+        let open_fds = fs::read_dir(format!("/proc/{process}/fd")).ok();
         Self {
-            open_fds,
-            ..Self::parse(
-                &read("/proc/self/stat"),
-                &read("/proc/self/status"),
-                &read("/proc/self/limits"),
-                &read("/proc/stat"),
-            )
+            open_fds: open_fds.map(|fds| fds.count() as u64),
+            ..Self::parse(&of("stat"), &of("status"), &of("limits"), &read("stat"))
         }
     }
 
