@@ -1,4 +1,4 @@
-//! What the tests share: the real `kv-indexer` as a child process, patience, fixtures.
+//! What the tests share: the real programs as child processes, patience, fixtures.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -60,67 +60,36 @@ pub(crate) async fn connect(grpc: SocketAddr) -> KvIndexerClient<Channel> {
     client.max_decoding_message_size(64 << 20)
 }
 
-/// A running `kv-indexer`. Dropping it stops it with SIGTERM and checks that it ends well.
-pub(crate) struct Indexer {
-    /// Address of the gRPC API.
-    pub(crate) grpc: SocketAddr,
-    /// Address of the HTTP admin server.
-    pub(crate) admin: SocketAddr,
+/// A program under test, with all that it writes. Dropping it stops it with SIGTERM and checks that it
+/// ends well.
+pub(crate) struct Program {
+    name: &'static str,
     child: Child,
     output: Vec<JoinHandle<()>>,
     log: Arc<Mutex<Vec<String>>>,
     finished: bool,
-    // Deleted when the process is gone.
-    _config: Option<tempfile::NamedTempFile>,
 }
 
-impl Indexer {
-    /// Starts it on free ports with further arguments, and waits until it is ready.
-    pub(crate) fn start(arguments: &[&str]) -> Self {
-        Self::launch(None, arguments)
-    }
-
-    /// As [`Self::start`], with a configuration file of this content.
-    pub(crate) fn with_config(yaml: &str, arguments: &[&str]) -> Self {
-        let mut file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
-        file.write_all(yaml.as_bytes()).unwrap();
-        file.flush().unwrap();
-        Self::launch(Some(file), arguments)
-    }
-
-    fn launch(config: Option<tempfile::NamedTempFile>, arguments: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
-        command.args(["--grpc-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
-        if let Some(file) = &config {
-            command.arg("--config").arg(file.path());
-        }
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
+impl Program {
+    /// Starts it.
+    pub(crate) fn start(name: &'static str, mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let log = Arc::new(Mutex::new(Vec::new()));
         let output = vec![
             drain(child.stdout.take().unwrap(), &log),
             drain(child.stderr.take().unwrap(), &log),
         ];
-        let unset = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut indexer = Self {
-            grpc: unset,
-            admin: unset,
-            child,
-            output,
-            log,
-            finished: false,
-            _config: config,
-        };
-        indexer.grpc = indexer.announced("grpc listening on ");
-        indexer.admin = indexer.announced("admin listening on ");
-        eventually("readiness", || match indexer.get("/readyz") {
-            Ok((200, _)) => Ok(()),
-            other => Err(format!("/readyz: {other:?}")),
-        });
-        indexer
+        Self { name, child, output, log, finished: false }
     }
 
-    fn announced(&mut self, prefix: &str) -> SocketAddr {
+    /// Process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The address that it announces after `prefix`; panics if it ends without.
+    pub(crate) fn announced(&mut self, prefix: &str) -> SocketAddr {
         let (log, child) = (Arc::clone(&self.log), &mut self.child);
         let found = eventually(prefix, || {
             // Looked at before the log, so that the last lines of a dead process are not missed.
@@ -130,7 +99,7 @@ impl Indexer {
                 return Ok(Ok(address));
             }
             match ended {
-                Some(status) => Ok(Err(format!("kv-indexer ended: {status}\n{}", log.join("\n")))),
+                Some(status) => Ok(Err(format!("ended: {status}\n{}", log.join("\n")))),
                 None => Err("no such line".to_owned()),
             }
         });
@@ -138,14 +107,9 @@ impl Indexer {
             Ok(address) => address,
             Err(ended) => {
                 self.finished = true;
-                panic!("{ended}");
+                panic!("{} {ended}", self.name);
             }
         }
-    }
-
-    /// `GET path` on the admin server: status and body.
-    pub(crate) fn get(&self, path: &str) -> Result<(u16, String), String> {
-        http_get(self.admin, path).map_err(|error| error.to_string())
     }
 
     /// What it wrote so far, both streams.
@@ -153,17 +117,34 @@ impl Indexer {
         self.log.lock().unwrap().join("\n")
     }
 
+    /// Waits until it ends by itself.
+    pub(crate) fn wait(mut self) -> (ExitStatus, String) {
+        let status = self.ended();
+        (status, self.log())
+    }
+
     /// Stops it with SIGTERM; panics unless it then exits with 0. Returns what it wrote.
     pub(crate) fn finish(mut self) -> String {
         let status = self.stop();
         let log = self.log();
-        assert!(status.success(), "kv-indexer ended with {status} after SIGTERM:\n{log}");
+        assert!(status.success(), "{} ended with {status} after SIGTERM:\n{log}", self.name);
         log
     }
 
+    /// Ends it with SIGKILL, as an operating system out of memory does.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.ended();
+    }
+
     fn stop(&mut self) -> ExitStatus {
-        self.finished = true;
         terminate(&self.child);
+        self.ended()
+    }
+
+    /// Waits for the end, and makes it when patience ends.
+    fn ended(&mut self) -> ExitStatus {
+        self.finished = true;
         let deadline = Instant::now() + patience();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -182,7 +163,7 @@ impl Indexer {
     }
 }
 
-impl Drop for Indexer {
+impl Drop for Program {
     fn drop(&mut self) {
         if self.finished {
             return;
@@ -190,11 +171,75 @@ impl Drop for Indexer {
         let status = self.stop();
         if thread::panicking() {
             // The log is what explains the failed test.
-            println!("--- kv-indexer ({status})\n{}\n---", self.log());
+            println!("--- {} ({status})\n{}\n---", self.name, self.log());
         } else {
-            assert!(status.success(), "kv-indexer ended with {status}:\n{}", self.log());
+            assert!(status.success(), "{} ended with {status}:\n{}", self.name, self.log());
         }
     }
+}
+
+/// A running `kv-indexer`. Dropping it stops it with SIGTERM and checks that it ends well.
+pub(crate) struct Indexer {
+    /// Address of the gRPC API.
+    pub(crate) grpc: SocketAddr,
+    /// Address of the HTTP admin server.
+    pub(crate) admin: SocketAddr,
+    program: Program,
+    // Deleted when the process is gone.
+    _config: Option<tempfile::NamedTempFile>,
+}
+
+impl Indexer {
+    /// Starts it on free ports with further arguments, and waits until it is ready.
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::launch(None, arguments)
+    }
+
+    /// As [`Self::start`], with a configuration file of this content.
+    pub(crate) fn with_config(yaml: &str, arguments: &[&str]) -> Self {
+        Self::launch(Some(yaml_file(yaml)), arguments)
+    }
+
+    fn launch(config: Option<tempfile::NamedTempFile>, arguments: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
+        command.args(["--grpc-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
+        if let Some(file) = &config {
+            command.arg("--config").arg(file.path());
+        }
+        command.args(arguments);
+        let mut program = Program::start("kv-indexer", command);
+        let grpc = program.announced("grpc listening on ");
+        let admin = program.announced("admin listening on ");
+        let indexer = Self { grpc, admin, program, _config: config };
+        eventually("readiness", || match indexer.get("/readyz") {
+            Ok((200, _)) => Ok(()),
+            other => Err(format!("/readyz: {other:?}")),
+        });
+        indexer
+    }
+
+    /// `GET path` on the admin server: status and body.
+    pub(crate) fn get(&self, path: &str) -> Result<(u16, String), String> {
+        http_get(self.admin, path).map_err(|error| error.to_string())
+    }
+
+    /// What it wrote so far, both streams.
+    pub(crate) fn log(&self) -> String {
+        self.program.log()
+    }
+
+    /// Stops it with SIGTERM; panics unless it then exits with 0. Returns what it wrote.
+    pub(crate) fn finish(self) -> String {
+        self.program.finish()
+    }
+}
+
+/// A file of this content that is deleted with the value.
+pub(crate) fn yaml_file(yaml: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
+    file.write_all(yaml.as_bytes()).unwrap();
+    file.flush().unwrap();
+    file
 }
 
 /// SIGTERM by process id.
@@ -226,7 +271,8 @@ fn address_after(log: &[String], prefix: &str) -> Option<SocketAddr> {
     })
 }
 
-fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+/// `GET path` of an HTTP server: status and body.
+pub(crate) fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     // In one piece: a server may answer and close after the first.
