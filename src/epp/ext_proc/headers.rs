@@ -80,6 +80,12 @@ impl HeaderEdits {
         }
     }
 
+    /// What is set, in order, and what is removed.
+    #[must_use]
+    pub fn into_parts(self) -> (Vec<(Cow<'static, str>, Bytes)>, Vec<&'static str>) {
+        (self.set, self.remove)
+    }
+
     /// What is set, in order.
     #[must_use]
     pub fn sets(&self) -> &[(Cow<'static, str>, Bytes)] {

@@ -1,0 +1,1 @@
+//! Invariants of an exchange, checked from outside.
