@@ -9,12 +9,15 @@
 //! | [`scheduling`] | the scheduling cycle and what a plugin can be |
 //! | [`plugins`] | the plugins, one a file, and their registry |
 //! | [`datalayer`] | the endpoints and what is known of their load |
+//! | [`args`] | the command line, in the Go EPP's spellings |
 //! | [`config`] | `EndpointPickerConfig` → plugins and profiles |
 //! | [`metrics`] | what is counted, under the names of the Go EPP |
 //!
 //! Data flows one way: `ext_proc` → `director` → `scheduling` → `plugins`, which read the
 //! `datalayer`.
 
+pub mod args;
+pub mod config;
 pub mod datalayer;
 pub mod director;
 pub mod ext_proc;

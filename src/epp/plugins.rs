@@ -3,6 +3,8 @@
 //! A factory reads its parameters with [`Fields`], which collects every fault with its path and
 //! refuses unknown names; it gets other plugins and shared parts from [`Building`].
 
+mod registry;
+
 use std::{fmt, sync::Arc};
 
 use prometheus::Registry;
@@ -12,6 +14,9 @@ use crate::{
     support::fields::Fields,
 };
 
+pub(crate) use self::registry::deprecation;
+pub use self::registry::{PluginTypes, types};
+
 /// What a factory can reach besides its own parameters.
 pub trait Building {
     /// The configured name of the plugin that is being built.
@@ -19,8 +24,9 @@ pub trait Building {
     /// The plugin configured under this name; it is built now if it was not yet. `None`, with a fault
     /// at `field` already noted, if there is none or the references form a loop.
     fn plugin(&self, params: &Fields<'_>, field: &str, name: &str) -> Option<Arc<dyn Plugin>>;
-    /// The name of a plugin of this type: the first one configured, or one that is added with default
-    /// parameters.
+    /// The name of the plugin that stands in when parameters name none: the one that bears its type's
+    /// name, added with default parameters if none is configured. A plugin of the type that has
+    /// another name is not taken, as in the Go EPP: only what names it uses it.
     fn default_of(&self, type_name: &str) -> Arc<str>;
     /// The endpoints.
     fn endpoints(&self) -> &Arc<Endpoints>;

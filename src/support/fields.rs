@@ -108,6 +108,12 @@ impl Reader {
         Fields { reader: self, path: String::new(), map, known: RefCell::default() }
     }
 
+    /// A mapping that the document does not have, for what is read with its defaults alone. What is
+    /// noticed is reported at `path`.
+    pub fn absent(&self, path: impl Into<String>) -> Fields<'_> {
+        Fields { reader: self, path: path.into(), map: None, known: RefCell::default() }
+    }
+
     /// Records a fault at `path`.
     pub fn fault(&self, path: impl Into<String>, message: impl Into<String>) {
         self.notes.borrow_mut().faults.push(Fault::new(path, message));
@@ -167,7 +173,7 @@ fn last_name(path: &str) -> &str {
 }
 
 /// The name most like `wrong`, if one is like it at all.
-fn closest<'a>(wrong: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn closest<'a>(wrong: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |name: &str| name.replace(['_', '-'], "").to_lowercase();
     let wrong = plain(wrong);
     names
@@ -193,6 +199,12 @@ impl<'r> Fields<'r> {
     #[must_use]
     pub fn is_present(&self) -> bool {
         self.map.is_some()
+    }
+
+    /// Full path of this mapping; empty at the top.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.path
     }
 
     /// Full path of a field of this mapping.
@@ -359,6 +371,24 @@ impl<'r> Fields<'r> {
             }
         }
         fields
+    }
+
+    /// A list of strings, each with its path. Elements that are none are faults.
+    pub fn texts(&self, name: &'static str) -> Vec<(String, String)> {
+        let list = self.take(name, |value| {
+            value.as_array().ok_or_else(|| format!("expected a list, got {}", describe(value)))
+        });
+        let mut texts = Vec::new();
+        for (at, item) in list.into_iter().flatten().enumerate() {
+            let path = format!("{}[{at}]", self.path_of(name));
+            match item {
+                Value::String(text) => texts.push((path, text.clone())),
+                other => {
+                    self.reader.fault(path, format!("expected a string, got {}", describe(other)));
+                }
+            }
+        }
+        texts
     }
 
     /// A mapping whose keys are free and whose values are strings, by key.

@@ -49,6 +49,14 @@ impl Document {
     }
 }
 
+impl Document {
+    /// Is there nothing in it, or nothing but comments?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.value.is_null()
+    }
+}
+
 impl From<Value> for Document {
     fn from(value: Value) -> Self {
         Self { value, places: HashMap::new() }
