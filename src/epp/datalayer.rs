@@ -82,6 +82,17 @@ pub struct Metrics {
     pub updated: Option<Instant>,
 }
 
+/// How scorers read an endpoint that was never scraped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownMetrics {
+    /// It counts as the busiest of the known candidates; where none is known all are equal. So a pod
+    /// that just started, or whose metrics cannot be read, draws no rush of requests.
+    #[default]
+    AsWorst,
+    /// It counts as idle, as in the Go EPP: no queue, empty cache.
+    AsIdle,
+}
+
 /// `vllm:lora_requests_info`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoraMetrics {

@@ -14,6 +14,27 @@ use crate::{
     support::fields::Fields,
 };
 
+pub mod always_disagg_pd_decider;
+pub mod by_label_filter;
+pub mod decode_filter;
+pub mod disagg_profile_handler;
+pub mod encode_filter;
+pub mod kv_cache_utilization_scorer;
+pub mod load_aware_scorer;
+pub mod lora_affinity_scorer;
+pub mod max_score_picker;
+pub mod pd_profile_handler;
+pub mod prefill_filter;
+pub mod prefill_header_handler;
+pub mod prefix_based_pd_decider;
+pub mod queue_scorer;
+pub mod random_picker;
+mod role;
+pub mod running_requests_size_scorer;
+pub mod single_profile_handler;
+pub mod utilization_detector;
+pub mod weighted_random_picker;
+
 pub(crate) use self::registry::deprecation;
 pub use self::registry::{PluginTypes, types};
 

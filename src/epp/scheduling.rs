@@ -12,16 +12,26 @@
 
 use std::{any::Any, fmt, future::Future, pin::Pin, sync::Arc, time::Instant};
 
+use smallvec::SmallVec;
+
 use crate::epp::{
-    datalayer::{Endpoint, Metrics},
+    datalayer::{Endpoint, Metrics, UnknownMetrics},
     director::Refusal,
     ext_proc::headers::HeaderEdits,
     request::InferenceRequest,
 };
 
+mod decisions;
 mod produced;
+mod scheduler;
+#[cfg(test)]
+pub(crate) mod testing;
 
-pub use self::produced::{DataKey, InFlight, PrefixMatches, Produced};
+pub use self::{
+    decisions::{Decision, Decisions},
+    produced::{DataKey, InFlight, PrefixMatches, Produced},
+    scheduler::{ExtensionPoint, PluginTimer, Scheduler, fallback_pick},
+};
 
 /// One request on its way through the profiles.
 #[derive(Debug)]
@@ -34,8 +44,38 @@ pub struct Cycle<'a> {
     pub metrics: &'a [Arc<Metrics>],
     /// What data producers found out.
     pub produced: &'a Produced,
+    /// How an endpoint without metrics is read.
+    pub unknown_metrics: UnknownMetrics,
     /// When the cycle began.
     pub now: Instant,
+}
+
+impl Cycle<'_> {
+    /// What `read` says of the load of each endpoint in `among`, larger = busier. Endpoints that were
+    /// never scraped are read as [`unknown_metrics`](Self::unknown_metrics) says.
+    pub fn load<T: Copy + PartialOrd>(
+        &self,
+        among: &[usize],
+        read: impl Fn(&Metrics) -> T,
+    ) -> SmallVec<[T; 32]> {
+        let metrics = |at: usize| &*self.metrics[at];
+        // Defaults are an idle endpoint's metrics.
+        let mut load: SmallVec<[T; 32]> = among.iter().map(|&at| read(metrics(at))).collect();
+        if self.unknown_metrics == UnknownMetrics::AsIdle {
+            return load;
+        }
+        let unknown = |at: usize| metrics(at).updated.is_none();
+        let known = among.iter().zip(&load).filter(|&(&at, _)| !unknown(at));
+        let worst = known.map(|(_, &load)| load).reduce(|a, b| if b > a { b } else { a });
+        if let Some(worst) = worst {
+            for (load, &at) in load.iter_mut().zip(among) {
+                if unknown(at) {
+                    *load = worst;
+                }
+            }
+        }
+        load
+    }
 }
 
 /// A configured plugin: its capabilities. One file of [`plugins`](crate::epp::plugins) each.
@@ -162,6 +202,12 @@ pub trait ProfileHandler {
         profiles: &[SchedulingProfile],
         results: &mut ProfileResults,
     ) -> Result<Arc<str>, Refusal>;
+
+    /// A port at which the sidecars of all pods listen: requests go there instead of to the picked
+    /// port, which the handler passes on in a header. Data parallelism behind one port.
+    fn primary_port(&self) -> Option<u16> {
+        None
+    }
 }
 
 /// Decides whether a further stage is worth it once the decode endpoint is known.

@@ -14,7 +14,11 @@
 mod document;
 
 use std::{
-    cell::RefCell, collections::BTreeSet, collections::HashMap, fmt, ops::RangeInclusive,
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+    collections::HashMap,
+    fmt,
+    ops::RangeInclusive,
     time::Duration,
 };
 
@@ -105,7 +109,13 @@ impl Reader {
                 None
             }
         };
-        Fields { reader: self, path: String::new(), map, known: RefCell::default() }
+        Fields {
+            reader: self,
+            path: String::new(),
+            map,
+            known: RefCell::default(),
+            anything: Cell::default(),
+        }
     }
 
     /// A mapping that the document does not have, for what is read with its defaults alone. What is
@@ -192,6 +202,8 @@ pub struct Fields<'r> {
     path: String,
     map: Option<&'r Map<String, Value>>,
     known: RefCell<Vec<&'static str>>,
+    /// Whatever it holds is passed over.
+    anything: Cell<bool>,
 }
 
 impl<'r> Fields<'r> {
@@ -349,7 +361,13 @@ impl<'r> Fields<'r> {
         let map = self.take(name, |value| {
             value.as_object().ok_or_else(|| format!("expected a mapping, got {}", describe(value)))
         });
-        Fields { reader: self.reader, path: self.path_of(name), map, known: RefCell::default() }
+        Fields {
+            reader: self.reader,
+            path: self.path_of(name),
+            map,
+            known: RefCell::default(),
+            anything: Cell::default(),
+        }
     }
 
     /// A list of mappings, with their indices in the paths. Elements that are none are faults.
@@ -362,8 +380,9 @@ impl<'r> Fields<'r> {
             let path = format!("{}[{at}]", self.path_of(name));
             match item {
                 Value::Object(map) => {
-                    let known = RefCell::default();
-                    fields.push(Fields { reader: self.reader, path, map: Some(map), known });
+                    let (known, anything) = (RefCell::default(), Cell::default());
+                    let map = Some(map);
+                    fields.push(Fields { reader: self.reader, path, map, known, anything });
                 }
                 other => {
                     self.reader.fault(path, format!("expected a mapping, got {}", describe(other)));
@@ -414,8 +433,23 @@ impl<'r> Fields<'r> {
         }
     }
 
+    /// Lets every field load that was not asked for, whatever it holds; `why` becomes a warning about
+    /// each.
+    pub fn ignore_rest(&self, why: &str) {
+        self.anything.set(true);
+        let known = self.known.borrow();
+        for name in self.map.into_iter().flat_map(Map::keys) {
+            if !known.contains(&name.as_str()) {
+                self.warn(name, why);
+            }
+        }
+    }
+
     /// Refuses every field that was not asked for.
     pub fn finish(self) {
+        if self.anything.get() {
+            return;
+        }
         let known = self.known.into_inner();
         for name in self.map.into_iter().flat_map(Map::keys) {
             if !known.contains(&name.as_str()) {

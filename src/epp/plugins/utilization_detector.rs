@@ -1,0 +1,173 @@
+//! `utilization-detector`: how full the pool is, and a filter against full endpoints.
+//!
+//! ```text
+//! saturation = mean over endpoints of max(q / queueDepthThreshold, kv / kvCacheUtilThreshold)
+//!              an endpoint whose metrics are older than metricsStalenessThreshold counts 1
+//!            = 1 without endpoints
+//! ```
+//!
+//! q: waiting requests; kv: used fraction of the KV cache. From 1 on, requests of a priority below 0
+//! are refused. As a filter it keeps the endpoints with fresh metrics and
+//! `q < queueDepthThreshold × (1 + headroom)` and `kv < kvCacheUtilThreshold × (1 + headroom)`, or
+//! everyone if none is such.
+//!
+//! Parameters: `queueDepthThreshold` (requests, default 5, positive), `kvCacheUtilThreshold` (default
+//! 0.8, in (0, 1]), `metricsStalenessThreshold` (Go duration, default `200ms`, positive), `headroom`
+//! (fraction, default 0, not negative).
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Building, Registration, Stability};
+use crate::{
+    epp::{
+        datalayer::Metrics,
+        scheduling::{Cycle, Filter, Plugin},
+    },
+    support::fields::{Fields, set},
+};
+
+/// The plugin's type.
+pub const REGISTRATION: Registration = Registration {
+    type_name: "utilization-detector",
+    aliases: &[],
+    stability: Stability::Beta,
+    factory: Some(build),
+};
+
+fn build(params: &Fields<'_>, _: &dyn Building) -> Option<Arc<dyn Plugin>> {
+    Some(Arc::new(UtilizationDetector::read(params)))
+}
+
+/// How full the pool is, and a filter against full endpoints.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct UtilizationDetector {
+    /// Positive.
+    queue_depth: f64,
+    /// In (0, 1].
+    kv_usage: f64,
+    staleness: Duration,
+    headroom: f64,
+}
+
+impl Default for UtilizationDetector {
+    fn default() -> Self {
+        Self {
+            queue_depth: 5.0,
+            kv_usage: 0.8,
+            staleness: Duration::from_millis(200),
+            headroom: 0.0,
+        }
+    }
+}
+
+impl UtilizationDetector {
+    /// Reads the parameters, also where they stand directly under `saturationDetector`. Leaves
+    /// [`Fields::finish`] to the caller.
+    #[must_use]
+    pub fn read(params: &Fields<'_>) -> Self {
+        let mut detector = Self::default();
+        let depth = params.integer("queueDepthThreshold", 1..=u64::from(u32::MAX));
+        set(&mut detector.queue_depth, depth.map(|depth: u32| f64::from(depth)));
+        let usage = params.take("kvCacheUtilThreshold", |value| {
+            let usage = value.as_f64().filter(|&usage| usage > 0.0 && usage <= 1.0);
+            usage.ok_or_else(|| format!("expected a number above 0 and up to 1, got {value}"))
+        });
+        set(&mut detector.kv_usage, usage);
+        let staleness =
+            params.parsed("metricsStalenessThreshold", |text| match go_duration(text) {
+                Some(Duration::ZERO) => Err("must be positive".to_owned()),
+                Some(duration) => Ok(duration),
+                None => Err(format!("{text:?} is no duration such as `200ms` or `1.5s`")),
+            });
+        set(&mut detector.staleness, staleness);
+        set(&mut detector.headroom, params.number("headroom", 0.0));
+        if detector.headroom > 1.0 {
+            params
+                .warn("headroom", "is a fraction, not percent: this more than doubles the limits");
+        }
+        detector
+    }
+
+    /// How full the pool of these endpoints is: 1 or more = saturated.
+    #[must_use]
+    pub fn saturation(&self, metrics: &[Arc<Metrics>], now: Instant) -> f64 {
+        if metrics.is_empty() {
+            return 1.0;
+        }
+        let of = |metrics: &Arc<Metrics>| {
+            if !self.is_fresh(metrics, now) {
+                return 1.0;
+            }
+            let queue = metrics.waiting as f64 / self.queue_depth;
+            queue.max(metrics.kv_usage / self.kv_usage)
+        };
+        metrics.iter().map(of).sum::<f64>() / metrics.len() as f64
+    }
+
+    fn is_fresh(&self, metrics: &Metrics, now: Instant) -> bool {
+        let age = metrics.updated.map(|updated| now.saturating_duration_since(updated));
+        age.is_some_and(|age| age <= self.staleness)
+    }
+}
+
+impl Plugin for UtilizationDetector {
+    fn type_name(&self) -> &'static str {
+        REGISTRATION.type_name
+    }
+    fn filter(&self) -> Option<&dyn Filter> {
+        Some(self)
+    }
+}
+
+impl Filter for UtilizationDetector {
+    fn filter(&self, cycle: &Cycle<'_>, keep: &mut Vec<usize>) {
+        let queue = self.queue_depth * (1.0 + self.headroom);
+        let kv = self.kv_usage * (1.0 + self.headroom);
+        let passes = |at: usize| {
+            let metrics = &*cycle.metrics[at];
+            let below = (metrics.waiting as f64) < queue && metrics.kv_usage < kv;
+            below && self.is_fresh(metrics, cycle.now)
+        };
+        if keep.iter().any(|&at| passes(at)) {
+            keep.retain(|&at| passes(at));
+        }
+    }
+}
+
+/// A duration as Go writes it: `1h2m3.5s`, `200ms`, `0`. `None` if it is none, or negative, or more
+/// than a Go duration holds.
+fn go_duration(text: &str) -> Option<Duration> {
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
+    if rest == "0" {
+        return Some(Duration::ZERO);
+    }
+    if rest.is_empty() {
+        return None;
+    }
+    let mut seconds = 0.0;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at(digits);
+        let unit = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(unit);
+        let unit = match unit {
+            "ns" => 1e-9,
+            "us" | "µs" | "μs" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return None,
+        };
+        seconds += number.parse::<f64>().ok()? * unit;
+        rest = tail;
+    }
+    let in_range = seconds <= i64::MAX as f64 * 1e-9;
+    Duration::try_from_secs_f64(seconds).ok().filter(|_| in_range)
+}
+
+#[cfg(test)]
+mod tests;
