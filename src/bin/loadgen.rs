@@ -1,4 +1,5 @@
-//! `loadgen`: plays recorded KV-event streams; without a subcommand, a demo of the indexer.
+//! `loadgen`: plays recorded KV-event streams, or a mock engine; without a subcommand, a demo of the
+//! indexer.
 
 use std::{
     io,
@@ -16,8 +17,10 @@ use kv_indexer::{
     indexer::{self, IndexerConfig},
     loadgen::{
         demo::{self, DemoOptions},
+        engine::command::{self, EngineArguments},
         play::{self, PlayOptions},
     },
+    support::signal::cancel_on_terminate,
 };
 use tokio::{sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -38,12 +41,15 @@ struct Arguments {
 enum Command {
     /// Publishes recorded streams as the engines that sent them.
     Replay(PlayOptions),
+    /// Runs a mock inference engine until SIGINT or SIGTERM.
+    Engine(EngineArguments),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match arguments.command {
         Some(Command::Replay(options)) => replay(options),
+        Some(Command::Engine(arguments)) => engine(arguments),
         None => show(arguments.indexer),
     };
     match outcome {
@@ -76,6 +82,16 @@ fn replay(options: PlayOptions) -> Result<()> {
                 job.await?
             }
         }
+    })
+}
+
+/// Runs a mock engine until a signal.
+fn engine(arguments: EngineArguments) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let _signals = cancel_on_terminate(stop.clone())?;
+        command::run(arguments.options(), stop, &mut io::stdout()).await
     })
 }
 
