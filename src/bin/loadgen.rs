@@ -1,4 +1,5 @@
-//! `loadgen`: plays recorded KV-event streams and drives load; without a subcommand, a demo of the indexer.
+//! `loadgen`: plays recorded KV-event streams or a mock engine, and drives load; without a subcommand, a
+//! demo of the indexer.
 
 use std::{
     io,
@@ -16,9 +17,11 @@ use kv_indexer::{
     indexer::{self, IndexerConfig},
     loadgen::{
         demo::{self, DemoOptions},
+        engine::command::{self, EngineArguments},
         ext_proc::{self, ExtProcOptions},
         play::{self, PlayOptions},
     },
+    support::signal::cancel_on_terminate,
 };
 use tokio::{sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -41,6 +44,8 @@ enum Command {
     Replay(PlayOptions),
     /// Plays Envoy's part towards an endpoint picker and reports its speed and cost.
     ExtProc(ExtProcOptions),
+    /// Runs a mock inference engine until SIGINT or SIGTERM.
+    Engine(EngineArguments),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +53,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Some(Command::Replay(options)) => replay(options),
         Some(Command::ExtProc(options)) => drive(&options),
+        Some(Command::Engine(arguments)) => engine(arguments),
         None => show(arguments.indexer),
     };
     match outcome {
@@ -87,6 +93,16 @@ fn replay(options: PlayOptions) -> Result<()> {
 fn drive(options: &ExtProcOptions) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(ext_proc::run(options, &mut io::stdout()))
+}
+
+/// Runs a mock engine until a signal.
+fn engine(arguments: EngineArguments) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let _signals = cancel_on_terminate(stop.clone())?;
+        command::run(arguments.options(), stop, &mut io::stdout()).await
+    })
 }
 
 /// Runs the demo, against a given indexer or one in this process.

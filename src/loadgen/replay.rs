@@ -16,28 +16,15 @@
 //! that is how a test knows that nothing will be lost.
 
 mod server;
+pub(in crate::loadgen) mod sockets;
 
-use std::{
-    collections::{HashSet, VecDeque},
-    fmt,
-    sync::{Arc, Mutex},
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc, time::Duration};
 
-use self::server::ReplayServer;
-use crate::{
-    loadgen::recording::{Batch, RankStream},
-    support::{clock::unix_ns, sync::lock},
-};
+use self::sockets::{Message, Sockets};
+use crate::loadgen::recording::{Batch, RankStream};
 
 /// Sequence frame of the last message of a replay: −1.
 pub const END_OF_REPLAY: [u8; 8] = [0xff; 8];
-
-/// How long a closed socket may still flush what is queued, milliseconds.
-const LINGER_MS: i32 = 2_000;
-/// How long a restart waits for the operating system to give the ports back.
-const REBIND_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Layout of replay messages, after the identity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -104,21 +91,24 @@ pub struct Sent {
     pub unix_ns: u64,
 }
 
-/// Indices into the stream of the batches that a replay can return.
-type Buffer = Arc<Mutex<VecDeque<usize>>>;
+/// One batch of a stream.
+#[derive(Clone)]
+struct Recorded {
+    stream: Arc<RankStream>,
+    at: usize,
+}
+
+impl Message for Recorded {
+    fn batch(&self) -> &Batch {
+        &self.stream.batches[self.at]
+    }
+}
 
 /// Publishes one rank's stream. See the module's page.
 pub struct Publisher {
     stream: Arc<RankStream>,
-    options: PublisherOptions,
     next: usize,
-    subscriptions: HashSet<Vec<u8>>,
-    buffer: Buffer,
-    endpoint: String,
-    replay: Option<ReplayServer>,
-    // Absent only while a restart has the ports closed.
-    socket: Option<zmq::Socket>,
-    context: zmq::Context,
+    sockets: Sockets<Recorded>,
 }
 
 impl Publisher {
@@ -132,40 +122,20 @@ impl Publisher {
         endpoint: &str,
         options: PublisherOptions,
     ) -> Result<Self, PublishError> {
-        let context = zmq::Context::new();
-        let buffer = Buffer::default();
-        let (socket, endpoint) =
-            bind(&context, zmq::XPUB, endpoint, options.high_water_mark, Duration::ZERO)?;
-        let replay = match &options.replay {
-            Some(at) => {
-                let patience = Duration::ZERO;
-                Some(ReplayServer::start(&context, at, &options, &stream, &buffer, patience)?)
-            }
-            None => None,
-        };
-        Ok(Self {
-            stream,
-            options,
-            next: 0,
-            subscriptions: HashSet::new(),
-            buffer,
-            endpoint,
-            replay,
-            socket: Some(socket),
-            context,
-        })
+        let sockets = Sockets::bind(endpoint, options, Duration::ZERO)?;
+        Ok(Self { stream, next: 0, sockets })
     }
 
     /// Where it publishes, with the real port. Stays the same for life.
     #[must_use]
     pub fn endpoint(&self) -> &str {
-        &self.endpoint
+        self.sockets.endpoint()
     }
 
     /// Where it answers replay requests, with the real port.
     #[must_use]
     pub fn replay_endpoint(&self) -> Option<&str> {
-        self.replay.as_ref().map(|server| server.endpoint.as_str())
+        self.sockets.replay_endpoint()
     }
 
     /// What is published.
@@ -193,12 +163,8 @@ impl Publisher {
     ///
     /// [`PublishError::Zmq`].
     pub fn has_subscriber(&mut self) -> Result<bool, PublishError> {
-        self.read_subscriptions()?;
-        let topic = self.peek().map(|batch| batch.topic.as_bytes());
-        Ok(self
-            .subscriptions
-            .iter()
-            .any(|prefix| topic.is_none_or(|topic| topic.starts_with(prefix))))
+        let topic = self.stream.batches.get(self.next).map(|batch| batch.topic.as_bytes());
+        self.sockets.has_subscriber(topic)
     }
 
     /// Waits until [`Self::has_subscriber`], at most `timeout`; tells whether it is.
@@ -207,21 +173,8 @@ impl Publisher {
     ///
     /// [`PublishError::Zmq`].
     pub fn wait_for_subscriber(&mut self, timeout: Duration) -> Result<bool, PublishError> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            if self.has_subscriber()? {
-                return Ok(true);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Some(socket) = self.socket.as_ref().filter(|_| !left.is_zero()) else {
-                return Ok(false);
-            };
-            let slice = left.min(Duration::from_millis(100)).as_millis() as i64;
-            match socket.poll(zmq::POLLIN, slice.max(1)) {
-                Ok(_) | Err(zmq::Error::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        let topic = self.stream.batches.get(self.next).map(|batch| batch.topic.as_bytes());
+        self.sockets.wait_for_subscriber(topic, timeout)
     }
 
     /// Sends the next batch; `None` after the last one.
@@ -268,24 +221,7 @@ impl Publisher {
     ///
     /// [`PublishError::Bind`] when a port is not free again within five seconds.
     pub fn restart(&mut self) -> Result<(), PublishError> {
-        let replay = self.replay.take().map(|server| server.endpoint.clone());
-        self.socket = None;
-        self.subscriptions.clear();
-        lock(&self.buffer).clear();
-        let hwm = self.options.high_water_mark;
-        let (socket, _) = bind(&self.context, zmq::XPUB, &self.endpoint, hwm, REBIND_PATIENCE)?;
-        self.socket = Some(socket);
-        if let Some(at) = replay {
-            self.replay = Some(ReplayServer::start(
-                &self.context,
-                &at,
-                &self.options,
-                &self.stream,
-                &self.buffer,
-                REBIND_PATIENCE,
-            )?);
-        }
-        Ok(())
+        self.sockets.restart()
     }
 
     /// As [`Self::restart`], and the stream begins again with its first batch.
@@ -305,77 +241,20 @@ impl Publisher {
     fn step(&mut self, publish: bool) -> Result<Option<Sent>, PublishError> {
         let Some(batch) = self.stream.batches.get(self.next) else { return Ok(None) };
         let sequence = batch.sequence;
-        // The engine answers replays between batches, on the thread that publishes. Under the lock
-        // the two steps are one for the replay thread, too.
-        let mut buffer = lock(&self.buffer);
-        let unix_ns = unix_ns();
-        if let Some(socket) = self.socket.as_ref().filter(|_| publish) {
-            let frames = [batch.topic.as_bytes(), &sequence.to_be_bytes()[..], &batch.payload[..]];
-            socket.send_multipart(frames, 0)?;
-        }
-        buffer.push_back(self.next);
-        while buffer.len() > self.options.buffer_steps {
-            buffer.pop_front();
-        }
-        drop(buffer);
+        let message = Recorded { stream: Arc::clone(&self.stream), at: self.next };
+        let unix_ns = self.sockets.send(message, publish)?;
         self.next += 1;
         Ok(Some(Sent { sequence, unix_ns }))
-    }
-
-    fn read_subscriptions(&mut self) -> Result<(), PublishError> {
-        let Some(socket) = &self.socket else { return Ok(()) };
-        loop {
-            match socket.recv_bytes(zmq::DONTWAIT) {
-                Ok(message) => match message.split_first() {
-                    Some((1, prefix)) => {
-                        self.subscriptions.insert(prefix.to_vec());
-                    }
-                    Some((0, prefix)) => {
-                        self.subscriptions.remove(prefix);
-                    }
-                    _ => {}
-                },
-                Err(zmq::Error::EAGAIN) => return Ok(()),
-                Err(zmq::Error::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
     }
 }
 
 impl fmt::Debug for Publisher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Publisher")
-            .field("endpoint", &self.endpoint)
+            .field("endpoint", &self.endpoint())
             .field("replay", &self.replay_endpoint())
             .field("rank", &self.stream.rank)
             .field("next", &self.next)
             .finish_non_exhaustive()
     }
-}
-
-/// A bound socket and its real endpoint. A port in use is tried again for `patience`.
-fn bind(
-    context: &zmq::Context,
-    kind: zmq::SocketType,
-    endpoint: &str,
-    hwm: i32,
-    patience: Duration,
-) -> Result<(zmq::Socket, String), PublishError> {
-    let failed = |source| PublishError::Bind { endpoint: endpoint.to_owned(), source };
-    let deadline = Instant::now() + patience;
-    let socket = context.socket(kind).map_err(failed)?;
-    socket.set_linger(LINGER_MS).map_err(failed)?;
-    socket.set_sndhwm(hwm).map_err(failed)?;
-    loop {
-        match socket.bind(endpoint) {
-            Ok(()) => break,
-            Err(zmq::Error::EADDRINUSE) if Instant::now() < deadline => {
-                thread::sleep(Duration::from_millis(10));
-            }
-            Err(source) => return Err(failed(source)),
-        }
-    }
-    let real = socket.get_last_endpoint().map_err(failed)?;
-    Ok((socket, real.unwrap_or_else(|_| endpoint.to_owned())))
 }

@@ -13,7 +13,7 @@ use std::{
 const MAY_IMPORT: [(&str, &[&str]); 10] = [
     ("epp", &["proto", "support"]),
     ("indexer", &["hash", "index", "ingest", "model", "proto", "support"]),
-    ("loadgen", &["proto", "support"]),
+    ("loadgen", &["proto", "support", "wire"]),
     ("ingest", &["hash", "index", "model", "support", "wire"]),
     ("index", &["hash", "model"]),
     ("wire", &["model"]),

@@ -11,6 +11,7 @@ mod architecture;
 mod config;
 mod differential;
 mod discovery;
+mod engine;
 mod ingest;
 mod replay_tool;
 mod service;

@@ -11,7 +11,14 @@ use std::sync::Arc;
 
 use crate::{
     epp::{
-        plugins::{Building, Registration, Stability},
+        plugins::{
+            Building, Registration, Stability, always_disagg_pd_decider, by_label_filter,
+            decode_filter, disagg_profile_handler, encode_filter, kv_cache_utilization_scorer,
+            load_aware_scorer, lora_affinity_scorer, max_score_picker, pd_profile_handler,
+            prefill_filter, prefill_header_handler, prefix_based_pd_decider, queue_scorer,
+            random_picker, running_requests_size_scorer, single_profile_handler,
+            utilization_detector, weighted_random_picker,
+        },
         scheduling::Plugin,
     },
     support::fields::{Fields, closest},
@@ -134,31 +141,31 @@ pub fn types() -> PluginTypes {
 fn built() -> Vec<Registration> {
     vec![
         // Filters.
-        later("decode-filter"),
-        later("prefill-filter"),
-        later("encode-filter"),
-        pending("by-label", &["by-label-selector", "label-selector-filter"], Stability::Beta),
+        decode_filter::REGISTRATION,
+        prefill_filter::REGISTRATION,
+        encode_filter::REGISTRATION,
+        by_label_filter::REGISTRATION,
         // Scorers.
-        pending("kv-cache-utilization-scorer", &["kv-cache-scorer"], Stability::Beta),
-        later("queue-scorer"),
-        later("running-requests-size-scorer"),
-        later("load-aware-scorer"),
+        kv_cache_utilization_scorer::REGISTRATION,
+        queue_scorer::REGISTRATION,
+        running_requests_size_scorer::REGISTRATION,
+        load_aware_scorer::REGISTRATION,
         later("active-request-scorer"),
         later("token-load-scorer"),
         later("prefix-cache-scorer"),
         later("precise-prefix-cache-scorer"),
-        later("lora-affinity-scorer"),
+        lora_affinity_scorer::REGISTRATION,
         // Pickers.
-        later("max-score-picker"),
-        later("random-picker"),
-        later("weighted-random-picker"),
+        max_score_picker::REGISTRATION,
+        random_picker::REGISTRATION,
+        weighted_random_picker::REGISTRATION,
         // Profile handlers, deciders, headers.
-        later("single-profile-handler"),
-        later("pd-profile-handler"),
-        later("disagg-profile-handler"),
-        later("always-disagg-pd-decider"),
-        later("prefix-based-pd-decider"),
-        pending("prefill-header-handler", &["disagg-headers-handler"], Stability::Beta),
+        single_profile_handler::REGISTRATION,
+        pd_profile_handler::REGISTRATION,
+        disagg_profile_handler::REGISTRATION,
+        always_disagg_pd_decider::REGISTRATION,
+        prefix_based_pd_decider::REGISTRATION,
+        prefill_header_handler::REGISTRATION,
         // Producers.
         later("approx-prefix-cache-producer"),
         later("inflight-load-producer"),
@@ -166,7 +173,7 @@ fn built() -> Vec<Registration> {
         later("file-discovery"),
         later("metrics-data-source"),
         later("core-metrics-extractor"),
-        later("utilization-detector"),
+        utilization_detector::REGISTRATION,
         // Parsers.
         inert!("openai-parser"),
         inert!("anthropic-parser"),

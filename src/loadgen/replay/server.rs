@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Buffer, END_OF_REPLAY, PublishError, PublisherOptions, ReplayForm, bind};
-use crate::loadgen::recording::RankStream;
+use super::{
+    END_OF_REPLAY, PublishError, PublisherOptions, ReplayForm,
+    sockets::{Buffer, Message, bind},
+};
 use crate::support::sync::lock;
 
 /// It looks this often whether it should stop, milliseconds.
@@ -27,18 +29,16 @@ pub(super) struct ReplayServer {
 
 impl ReplayServer {
     /// Binds the socket on a thread of its own.
-    pub(super) fn start(
+    pub(super) fn start<M: Message>(
         context: &zmq::Context,
         endpoint: &str,
         options: &PublisherOptions,
-        stream: &Arc<RankStream>,
-        buffer: &Buffer,
+        buffer: &Buffer<M>,
         patience: Duration,
     ) -> Result<Self, PublishError> {
         let (report, bound) = mpsc::sync_channel(1);
         let stop = Arc::new(AtomicBool::new(false));
-        let replies =
-            Replies { stream: Arc::clone(stream), buffer: Arc::clone(buffer), form: options.form };
+        let replies = Replies { buffer: Arc::clone(buffer), form: options.form };
         // As vLLM 0.33: room for two whole replays. Older versions keep ZeroMQ's 1 000 and lose
         // messages to slow readers.
         let hwm = options.buffer_steps.saturating_add(1).saturating_mul(2);
@@ -83,13 +83,12 @@ impl Drop for ReplayServer {
 }
 
 /// What the replay thread needs to answer.
-struct Replies {
-    stream: Arc<RankStream>,
-    buffer: Buffer,
+struct Replies<M> {
+    buffer: Buffer<M>,
     form: ReplayForm,
 }
 
-impl Replies {
+impl<M: Message> Replies<M> {
     fn serve(&self, socket: &zmq::Socket, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
             match socket.poll(zmq::POLLIN, POLL_MS) {
@@ -113,9 +112,8 @@ impl Replies {
         start: u64,
         stop: &AtomicBool,
     ) -> Result<(), zmq::Error> {
-        let buffered: Vec<usize> = lock(&self.buffer).iter().copied().collect();
-        let batches = buffered.iter().filter_map(|&at| self.stream.batches.get(at));
-        for batch in batches.filter(|batch| batch.sequence >= start) {
+        let buffered: Vec<M> = lock(&self.buffer).iter().cloned().collect();
+        for batch in buffered.iter().map(M::batch).filter(|batch| batch.sequence >= start) {
             if stop.load(Ordering::Relaxed) {
                 return Ok(());
             }

@@ -1,0 +1,1 @@
+//! The cache by itself, against a naive model, and against recorded engines.

@@ -1,0 +1,4 @@
+//! The mock engine of `loadgen::engine`, over its real sockets.
+
+mod client;
+mod http;
