@@ -11,6 +11,7 @@
 //! | [`datalayer`] | the endpoints and what is known of their load |
 //! | [`config`] | `EndpointPickerConfig` → plugins and profiles |
 //! | [`metrics`] | what is counted, under the names of the Go EPP |
+//! | [`server`] | the listeners: gRPC over HTTP/2, TLS, health, operators' pages |
 //!
 //! Data flows one way: `ext_proc` → `director` → `scheduling` → `plugins`, which read the
 //! `datalayer`.
@@ -18,6 +19,8 @@
 pub mod datalayer;
 pub mod director;
 pub mod ext_proc;
+pub mod metrics;
 pub mod plugins;
 pub mod request;
 pub mod scheduling;
+pub mod server;
