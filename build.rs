@@ -6,6 +6,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 const SERVED: [&str; 2] = ["proto/kvindexer/v1/kvindexer.proto", "proto/indexer/v1/indexer.proto"];
 /// Envoy's protocol, cut down to what the endpoint picker speaks.
 const ENVOY: &str = "proto/envoy/service/ext_proc/v3/external_processor.proto";
+/// gRPC's health protocol as the endpoint picker serves it: with `List`.
+const HEALTH: &str = "proto/grpc/health/v1/health.proto";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -16,6 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let envoy = protox::compile([ENVOY], ["proto"])?;
     // Bodies of megabytes are passed on as they came, without a copy.
     tonic_prost_build::configure().bytes(".").compile_fds(envoy)?;
+    tonic_prost_build::configure().compile_fds(protox::compile([HEALTH], ["proto"])?)?;
     Ok(())
 }
 

@@ -12,6 +12,7 @@
 //! | [`args`] | the command line, in the Go EPP's spellings |
 //! | [`config`] | `EndpointPickerConfig` → plugins and profiles |
 //! | [`metrics`] | what is counted, under the names of the Go EPP |
+//! | [`server`] | the listeners: gRPC over HTTP/2, TLS, health, operators' pages |
 //!
 //! Data flows one way: `ext_proc` → `director` → `scheduling` → `plugins`, which read the
 //! `datalayer`.
@@ -21,6 +22,8 @@ pub mod config;
 pub mod datalayer;
 pub mod director;
 pub mod ext_proc;
+pub mod metrics;
 pub mod plugins;
 pub mod request;
 pub mod scheduling;
+pub mod server;

@@ -17,5 +17,10 @@ pub mod ext_proc {
     tonic::include_proto!("envoy.service.ext_proc.v3");
 }
 
+/// Package `grpc.health.v1`: gRPC's health protocol with `List`, which `tonic-health` lacks.
+pub mod health {
+    tonic::include_proto!("grpc.health.v1");
+}
+
 /// The encoded `FileDescriptorSet` of both score APIs, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

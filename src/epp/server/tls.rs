@@ -1,0 +1,283 @@
+//! Certificates and TLS parameters of the gRPC listener.
+//!
+//! Without files the certificate is made in memory at start (name `localhost`), as the Go EPP does:
+//! it encrypts and proves nothing. With files, a [`Certificate`] can follow their changes; a pair that
+//! cannot be used leaves the old one in place.
+
+use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use prometheus::IntCounter;
+use tokio_rustls::rustls::{
+    self, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion,
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _},
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+    version::{TLS12, TLS13},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// How often the files are looked at.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What of TLS can be chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsOptions {
+    /// Directory with `tls.crt` (chain) and `tls.key`, both PEM. `None`: self-signed.
+    pub cert_path: Option<PathBuf>,
+    /// Lowest version, with Go's names: `VersionTLS10` to `VersionTLS13`. Below 1.2 means 1.2. Empty:
+    /// 1.2.
+    pub min_version: String,
+    /// Cipher suites of TLS 1.2, with Go's names; those of 1.3 cannot be chosen. Empty: all.
+    pub cipher_suites: Vec<String>,
+}
+
+/// Why TLS cannot be set up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// `min_version` is no version.
+    #[error(
+        "unknown TLS version {0:?}; known are VersionTLS10, VersionTLS11, VersionTLS12, VersionTLS13"
+    )]
+    Version(String),
+    /// A name of `cipher_suites` is none, or one that is not offered.
+    #[error("unsupported cipher suite {name:?}; supported are {}", .known.join(", "))]
+    CipherSuite {
+        /// What was given.
+        name: String,
+        /// What can be given.
+        known: Vec<String>,
+    },
+    /// A file cannot be read.
+    #[error("reading {path}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file has no certificate, or no key.
+    #[error("{path} holds no {what}")]
+    Pem {
+        /// Which file.
+        path: PathBuf,
+        /// What was looked for.
+        what: &'static str,
+    },
+    /// Certificate and key do not belong together, or are of a kind that is not supported.
+    #[error("the certificate in {path} cannot be used")]
+    Pair {
+        /// Their directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::Error,
+    },
+    /// The chosen parameters leave nothing to agree on, or no certificate could be made.
+    #[error("setting up TLS: {0}")]
+    Setup(String),
+}
+
+/// The certificate that connections get. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Certificate {
+    current: Arc<ArcSwap<CertifiedKey>>,
+    /// Where it came from; `None` = made in memory.
+    files: Option<Arc<Files>>,
+}
+
+#[derive(Debug)]
+struct Files {
+    directory: PathBuf,
+    /// What they held at start.
+    first: Pair,
+}
+
+/// The contents of both files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pair {
+    chain: Vec<u8>,
+    key: Vec<u8>,
+}
+
+impl Certificate {
+    /// Reads the certificate, or makes one for `localhost`.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be read or used.
+    pub fn new(options: &TlsOptions) -> Result<Self, TlsError> {
+        let (key, files) = match &options.cert_path {
+            None => (self_signed()?, None),
+            Some(directory) => {
+                let first = Pair::read(directory)?;
+                let key = first.parse(directory)?;
+                (key, Some(Arc::new(Files { directory: directory.clone(), first })))
+            }
+        };
+        Ok(Self { current: Arc::new(ArcSwap::from_pointee(key)), files })
+    }
+
+    /// Looks at the files each second until `stop`, and takes over a changed pair. One that cannot be
+    /// used is logged and counted once; it may be half of a change. Ends at `stop` in any case.
+    ///
+    /// # Errors
+    ///
+    /// Never; a supervised task wants a result.
+    pub async fn follow(
+        self,
+        metrics: ReloadMetrics,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let Some(files) = self.files.clone() else {
+            stop.cancelled().await;
+            return Ok(());
+        };
+        let mut seen = Ok(files.first.clone());
+        while stop.run_until_cancelled(tokio::time::sleep(RELOAD_INTERVAL)).await.is_some() {
+            let reading = Arc::clone(&files);
+            let pair = tokio::task::spawn_blocking(move || Pair::read(&reading.directory))
+                .await
+                .context("reading the certificate")?
+                .map_err(|error| format!("{:#}", anyhow::Error::new(error)));
+            if pair == seen {
+                continue;
+            }
+            seen = pair;
+            let usable = match &seen {
+                Ok(pair) => pair
+                    .parse(&files.directory)
+                    .map_err(|error| format!("{:#}", anyhow::Error::new(error))),
+                Err(error) => Err(error.clone()),
+            };
+            match usable {
+                Ok(key) => {
+                    self.current.store(Arc::new(key));
+                    metrics.loaded.inc();
+                    info!(path = %files.directory.display(), "A changed certificate is in use.");
+                }
+                Err(error) => {
+                    metrics.failed.inc();
+                    warn!(error, "A changed certificate cannot be used; the old one stays.");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ResolvesServerCert for Certificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.load_full())
+    }
+}
+
+/// What is counted of reloads. Clones share one state.
+#[derive(Clone, Debug)]
+pub struct ReloadMetrics {
+    /// Changed pairs in use.
+    pub loaded: IntCounter,
+    /// Changed pairs that could not be used.
+    pub failed: IntCounter,
+}
+
+impl Pair {
+    fn read(directory: &std::path::Path) -> Result<Self, TlsError> {
+        let read = |name: &str| {
+            let path = directory.join(name);
+            fs::read(&path).map_err(|source| TlsError::Read { path, source })
+        };
+        Ok(Self { chain: read("tls.crt")?, key: read("tls.key")? })
+    }
+
+    fn parse(&self, directory: &std::path::Path) -> Result<CertifiedKey, TlsError> {
+        let pem = |name: &str, what| TlsError::Pem { path: directory.join(name), what };
+        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&self.chain)
+            .collect::<Result<_, _>>()
+            .ok()
+            .filter(|chain: &Vec<_>| !chain.is_empty())
+            .ok_or_else(|| pem("tls.crt", "certificate"))?;
+        let key =
+            PrivateKeyDer::from_pem_slice(&self.key).map_err(|_| pem("tls.key", "private key"))?;
+        CertifiedKey::from_der(chain, key, &ring::default_provider())
+            .map_err(|source| TlsError::Pair { path: directory.to_owned(), source })
+    }
+}
+
+fn self_signed() -> Result<CertifiedKey, TlsError> {
+    let made = || -> Result<_, rcgen::Error> {
+        let key = rcgen::KeyPair::generate()?;
+        let mut params = rcgen::CertificateParams::new(["localhost".to_owned()])?;
+        let mut name = rcgen::DistinguishedName::new();
+        name.push(rcgen::DnType::CommonName, "localhost");
+        params.distinguished_name = name;
+        Ok((params.self_signed(&key)?, key))
+    };
+    let (certificate, key) = made().map_err(|error| TlsError::Setup(error.to_string()))?;
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    CertifiedKey::from_der(vec![certificate.der().clone()], key, &ring::default_provider())
+        .map_err(|error| TlsError::Setup(error.to_string()))
+}
+
+/// The TLS side of a listener that speaks HTTP/2 only.
+///
+/// # Errors
+///
+/// When a version or cipher suite is unknown, or the two leave nothing to agree on.
+pub fn server_config(
+    options: &TlsOptions,
+    certificate: Certificate,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let versions = versions(&options.min_version)?;
+    let provider = provider(&options.cipher_suites)?;
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(versions)
+        .map_err(|error| TlsError::Setup(error.to_string()))?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(certificate));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config))
+}
+
+fn versions(min: &str) -> Result<&'static [&'static SupportedProtocolVersion], TlsError> {
+    static FROM_12: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
+    static FROM_13: [&SupportedProtocolVersion; 1] = [&TLS13];
+    match min {
+        "" | "VersionTLS10" | "VersionTLS11" | "VersionTLS12" => Ok(&FROM_12),
+        "VersionTLS13" => Ok(&FROM_13),
+        other => Err(TlsError::Version(other.to_owned())),
+    }
+}
+
+/// Go's name of a cipher suite: its IANA name.
+fn go_name(suite: &SupportedCipherSuite) -> String {
+    let name = format!("{:?}", suite.suite());
+    match name.strip_prefix("TLS13_") {
+        Some(rest) => format!("TLS_{rest}"),
+        None => name,
+    }
+}
+
+fn provider(names: &[String]) -> Result<CryptoProvider, TlsError> {
+    let mut provider = ring::default_provider();
+    if names.is_empty() {
+        return Ok(provider);
+    }
+    let known: Vec<String> = provider.cipher_suites.iter().map(go_name).collect();
+    // Go knows the ChaCha suites of TLS 1.2 by a shorter name too.
+    let is = |known: &str, name: &str| {
+        known == name || known.strip_suffix("_SHA256") == Some(name) && name.ends_with("POLY1305")
+    };
+    if let Some(name) = names.iter().find(|name| !known.iter().any(|known| is(known, name))) {
+        return Err(TlsError::CipherSuite { name: name.clone(), known });
+    }
+    provider.cipher_suites.retain(|suite| {
+        suite.tls13().is_some() || names.iter().any(|name| is(&go_name(suite), name))
+    });
+    Ok(provider)
+}
