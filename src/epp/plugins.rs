@@ -61,3 +61,7 @@ impl fmt::Debug for Registration {
         f.debug_struct("Registration").field("type_name", &self.type_name).finish_non_exhaustive()
     }
 }
+
+pub mod core_metrics_extractor;
+pub mod file_discovery;
+pub mod metrics_data_source;
