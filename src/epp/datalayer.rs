@@ -2,9 +2,10 @@
 //!
 //! # Model
 //!
-//! A [discovery](crate::epp::datalayer) source upserts and removes [`EndpointInfo`]s in
-//! [`Endpoints`]; a collector scrapes each endpoint and publishes [`Metrics`] snapshots. Readers take
-//! one immutable list per request.
+//! A [`Discovery`](discovery::Discovery) puts [`EndpointInfo`]s into [`Endpoints`] and takes them
+//! out; a [`Scraper`](scrape::Scraper) asks each endpoint for its metrics page, picks the few values
+//! that its [engine](engines) reports out of the [page], and publishes them as [`Metrics`]. Readers
+//! take one immutable list per request.
 //!
 //! # Concurrency
 //!
@@ -18,12 +19,17 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
 
 use crate::support::sync::lock;
+
+pub mod discovery;
+pub mod engines;
+pub mod page;
+pub mod scrape;
 
 /// The label that says whether a pod prefills, decodes or does both.
 pub const ROLE_LABEL: &str = "llm-d.ai/role";
@@ -82,7 +88,23 @@ pub struct Metrics {
     pub updated: Option<Instant>,
 }
 
-/// How scorers read an endpoint that was never scraped.
+impl Metrics {
+    /// Did the endpoint ever say anything? If not, all values are defaults that look like an idle
+    /// engine; see [`UnknownMetrics`].
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.updated.is_some()
+    }
+
+    /// How old the values are; `None` = never reported.
+    #[must_use]
+    pub fn age(&self, now: Instant) -> Option<Duration> {
+        self.updated.map(|updated| now.saturating_duration_since(updated))
+    }
+}
+
+/// How scorers read an endpoint whose metrics nobody has seen yet: it has just started, or its metrics
+/// page does not work. Written in the configuration as one of [`WORDS`](Self::WORDS).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnknownMetrics {
     /// It counts as the busiest of the known candidates; where none is known all are equal. So a pod
@@ -91,6 +113,11 @@ pub enum UnknownMetrics {
     AsWorst,
     /// It counts as idle, as in the Go EPP: no queue, empty cache.
     AsIdle,
+}
+
+impl UnknownMetrics {
+    /// The words of the configuration.
+    pub const WORDS: [(&'static str, Self); 2] = [("worst", Self::AsWorst), ("idle", Self::AsIdle)];
 }
 
 /// `vllm:lora_requests_info`.
@@ -230,6 +257,43 @@ impl Endpoints {
                 watcher.removed(replaced);
             }
             watcher.added(&endpoint);
+        }
+    }
+
+    /// Makes `infos` all the endpoints there are. Of entries of one name the last counts. Lives of
+    /// endpoints about which nothing changed go on. Readers see the old list or the new one.
+    pub fn set(&self, infos: Vec<EndpointInfo>) {
+        let watchers = lock(&self.watchers);
+        let mut gone: BTreeMap<EndpointName, Arc<Endpoint>> = self
+            .list()
+            .iter()
+            .map(|endpoint| (endpoint.info.name.clone(), Arc::clone(endpoint)))
+            .collect();
+        let infos: BTreeMap<EndpointName, EndpointInfo> =
+            infos.into_iter().map(|info| (info.name.clone(), info)).collect();
+        let mut added = Vec::new();
+        let mut list = Vec::with_capacity(infos.len());
+        for (name, info) in infos {
+            if let Some(known) = gone.remove(&name) {
+                if known.info == info {
+                    list.push(known);
+                    continue;
+                }
+                gone.insert(name, known);
+            }
+            let id = EndpointId(self.next_id.fetch_add(1, Ordering::Relaxed));
+            let endpoint = Arc::new(Endpoint::new(id, info));
+            added.push(Arc::clone(&endpoint));
+            list.push(endpoint);
+        }
+        self.list.store(Arc::new(list));
+        for watcher in watchers.iter() {
+            for endpoint in gone.values() {
+                watcher.removed(endpoint);
+            }
+            for endpoint in &added {
+                watcher.added(endpoint);
+            }
         }
     }
 

@@ -16,13 +16,16 @@ use crate::{
 
 pub mod always_disagg_pd_decider;
 pub mod by_label_filter;
+pub mod core_metrics_extractor;
 pub mod decode_filter;
 pub mod disagg_profile_handler;
 pub mod encode_filter;
+pub mod file_discovery;
 pub mod kv_cache_utilization_scorer;
 pub mod load_aware_scorer;
 pub mod lora_affinity_scorer;
 pub mod max_score_picker;
+pub mod metrics_data_source;
 pub mod pd_profile_handler;
 pub mod prefill_filter;
 pub mod prefill_header_handler;

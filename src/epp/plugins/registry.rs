@@ -13,11 +13,12 @@ use crate::{
     epp::{
         plugins::{
             Building, Registration, Stability, always_disagg_pd_decider, by_label_filter,
-            decode_filter, disagg_profile_handler, encode_filter, kv_cache_utilization_scorer,
-            load_aware_scorer, lora_affinity_scorer, max_score_picker, pd_profile_handler,
-            prefill_filter, prefill_header_handler, prefix_based_pd_decider, queue_scorer,
-            random_picker, running_requests_size_scorer, single_profile_handler,
-            utilization_detector, weighted_random_picker,
+            core_metrics_extractor, decode_filter, disagg_profile_handler, encode_filter,
+            file_discovery, kv_cache_utilization_scorer, load_aware_scorer, lora_affinity_scorer,
+            max_score_picker, metrics_data_source, pd_profile_handler, prefill_filter,
+            prefill_header_handler, prefix_based_pd_decider, queue_scorer, random_picker,
+            running_requests_size_scorer, single_profile_handler, utilization_detector,
+            weighted_random_picker,
         },
         scheduling::Plugin,
     },
@@ -170,9 +171,9 @@ fn built() -> Vec<Registration> {
         later("approx-prefix-cache-producer"),
         later("inflight-load-producer"),
         // Data layer.
-        later("file-discovery"),
-        later("metrics-data-source"),
-        later("core-metrics-extractor"),
+        file_discovery::REGISTRATION,
+        metrics_data_source::REGISTRATION,
+        core_metrics_extractor::REGISTRATION,
         utilization_detector::REGISTRATION,
         // Parsers.
         inert!("openai-parser"),

@@ -2,24 +2,17 @@
 
 use std::{
     collections::HashSet,
-    fs::File,
-    io::Read,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, ensure};
 use serde::Deserialize;
 
 use super::{EndpointUse, MAX_BLOCK_SIZE, MAX_POD_ID_BYTES, MAX_RANK};
-use crate::{ingest::fleet::PodDeclaration, model::CountMode};
+use crate::{ingest::fleet::PodDeclaration, model::CountMode, support::watched::WatchedFile};
 
 /// Longest file that is read, bytes: tens of thousands of pods.
 const MAX_FILE: u64 = 8 << 20;
-
-/// A file written this shortly before it was read may be written again without a change of its
-/// timestamp, on file systems that count in seconds.
-const RACY: Duration = Duration::from_secs(2);
 
 /// A pod in the file.
 #[derive(Debug, Deserialize)]
@@ -61,16 +54,8 @@ enum CountModeName {
 /// (`counted`, `set`), `blockSize`, `firstSequence`; their meaning is that of [`PodDeclaration`].
 #[derive(Debug)]
 pub struct PodsFile {
-    path: PathBuf,
+    file: WatchedFile,
     bound: bool,
-    seen: Option<Seen>,
-}
-
-/// The file as last looked at, good or not.
-#[derive(Debug, PartialEq)]
-enum Seen {
-    Unreadable,
-    Read { modified: Option<SystemTime>, settled: bool, content: String },
 }
 
 impl PodsFile {
@@ -78,13 +63,13 @@ impl PodsFile {
     /// may connect to.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>, bound: bool) -> Self {
-        Self { path: path.into(), bound, seen: None }
+        Self { file: WatchedFile::new(path, MAX_FILE), bound }
     }
 
     /// The path given.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// The pods if the file changed since the last call, none if not. The first call reads it.
@@ -96,42 +81,10 @@ impl PodsFile {
     /// When the file cannot be read or is wrong: once per change, so that a caller that polls can
     /// log every error and keep its last good list.
     pub fn changed(&mut self) -> anyhow::Result<Option<Vec<PodDeclaration>>> {
-        let look = self.look().with_context(|| format!("reading {}", self.path.display()));
-        let now = match look {
-            Ok(None) => return Ok(None),
-            Ok(Some(now)) => now,
-            Err(error) => {
-                let known = self.seen.replace(Seen::Unreadable) == Some(Seen::Unreadable);
-                return if known { Ok(None) } else { Err(error) };
-            }
-        };
-        let before = self.seen.replace(now);
-        let Some(Seen::Read { content, .. }) = &self.seen else { return Ok(None) };
-        if matches!(&before, Some(Seen::Read { content: before, .. }) if before == content) {
-            return Ok(None);
-        }
-        parse(content, self.bound)
-            .with_context(|| format!("reading {}", self.path.display()))
-            .map(Some)
-    }
-
-    /// The file, unless its metadata shows that it is still the one seen.
-    fn look(&self) -> anyhow::Result<Option<Seen>> {
-        let file = File::open(&self.path)?;
-        let metadata = file.metadata()?;
-        let modified = metadata.modified().ok();
-        if let Some(Seen::Read { modified: before, settled: true, content }) = &self.seen
-            && *before == modified
-            && content.len() as u64 == metadata.len()
-        {
-            return Ok(None);
-        }
-        let mut content = String::new();
-        file.take(MAX_FILE + 1).read_to_string(&mut content)?;
-        ensure!(content.len() as u64 <= MAX_FILE, "longer than {MAX_FILE} bytes");
-        let age = modified.and_then(|modified| modified.elapsed().ok());
-        let settled = age.is_some_and(|age| age > RACY);
-        Ok(Some(Seen::Read { modified, settled, content }))
+        let bound = self.bound;
+        let place = format!("reading {}", self.file.path().display());
+        let content = self.file.changed().with_context(|| place.clone())?;
+        content.map(|content| parse(content, bound)).transpose().context(place)
     }
 }
 
@@ -307,12 +260,8 @@ mod tests {
         let error = format!("{:#}", file.changed().unwrap_err());
         assert!(error.contains("pods.yaml"), "{error}");
         assert_eq!(file.changed().unwrap(), None);
-        // Settled: its metadata is enough.
         std::fs::write(&path, FULL).unwrap();
-        let old = SystemTime::now() - Duration::from_secs(60);
-        std::fs::File::options().write(true).open(&path).unwrap().set_modified(old).unwrap();
         assert_eq!(file.changed().unwrap().unwrap().len(), 2);
-        assert!(file.look().unwrap().is_none());
         std::fs::remove_file(&path).unwrap();
         assert!(file.changed().is_err());
         std::fs::write(&path, FULL).unwrap();
