@@ -27,3 +27,4 @@ pub mod plugins;
 pub mod request;
 pub mod scheduling;
 pub mod server;
+pub mod service;
