@@ -430,6 +430,9 @@ impl<'a> Found<'a> {
         let some = value.kind != Kind::Null;
         match field.name {
             name if name == self.rules.prompt => {
+                if !some && matches!(field.want, Want::Text) {
+                    return Ok(());
+                }
                 let form = match value.kind {
                     Kind::Null => None,
                     Kind::String => Some(PromptForm::Text),
@@ -438,9 +441,9 @@ impl<'a> Found<'a> {
                 };
                 // A list of messages has to have one; anything else only has to be there, but for
                 // the text of an image.
-                let empty = match self.rules.record.fields.iter().find(|f| f.name == name) {
-                    Some(Field { want: Want::Records(_), .. }) => elements == 0,
-                    Some(Field { want: Want::Text, .. }) => value.span.len() <= 2,
+                let empty = match field.want {
+                    Want::Records(_) => elements == 0,
+                    Want::Text => value.span.len() <= 2,
                     _ => false,
                 };
                 self.prompt = form
@@ -449,7 +452,8 @@ impl<'a> Found<'a> {
             }
             "system" | "instructions" => self.system = some.then_some(value),
             "tools" => self.tools = (some && value.span.len() > 2).then_some(value.span),
-            "cache_salt" => self.salt = text_of(self.body, &value),
+            // Null leaves a string of Go as it was.
+            "cache_salt" if some => self.salt = text_of(self.body, &value),
             "extra_key" => {
                 self.salt_fault = !matches!(value.kind, Kind::String | Kind::Null);
                 self.salt = text_of(self.body, &value);
@@ -546,6 +550,10 @@ impl<'a> Found<'a> {
                 None => missing(),
             });
         }
+        let prompt = self.prompt.or(self.text);
+        if prompt.is_none() && self.prompt_fault.is_none() {
+            return Err(missing());
+        }
         if self.salt_fault {
             let text = "unsupported generate request: extra_key must be a string";
             return Err(ParseError::Field(text.into()));
@@ -553,7 +561,7 @@ impl<'a> Found<'a> {
         if let Some(text) = &self.prompt_fault {
             return Err(ParseError::Field(format!("invalid generate request: {text}").into()));
         }
-        let prompt = self.prompt.or(self.text).ok_or_else(missing)?;
+        let prompt = prompt.ok_or_else(missing)?;
         let scanner = Scanner::new(self.body);
         let string = |text: &Text| to_string(&scanner.unescaped(text));
         let mut spans = SmallVec::new();
@@ -848,7 +856,7 @@ impl Check {
         if kind != Some(Kind::Array) || self.contents == MAX_CONTENTS {
             let value = scanner.value()?;
             if !matches!(value.kind, Kind::String | Kind::Null | Kind::Array) {
-                self.wrong(NO_CONTENT);
+                self.wrong = Some(Cow::Borrowed(NO_CONTENT));
             }
             return Ok(Checked { value, elements: 0 });
         }
@@ -866,9 +874,8 @@ impl Check {
             Ok(())
         })?;
         self.contents -= 1;
-        // Whatever is wrong inside, this is what Go says of it.
-        let inside = self.wrong.take().map(|_| Cow::Borrowed(NO_CONTENT));
-        self.wrong = before.or(inside);
+        // Whatever is wrong inside, this is what Go says of it, and before all else.
+        self.wrong = self.wrong.take().map(|_| Cow::Borrowed(NO_CONTENT)).or(before);
         Ok(Checked { value: Value { kind: Kind::Array, span: start..scanner.at() }, elements })
     }
 }
