@@ -6,9 +6,7 @@ use bytes::Bytes;
 
 use super::{
     Ask, Exchange, ExchangeConfig, Inbound, Phase, Replies, RewrittenBody, Routed, Usage,
-    body::CHUNK_BYTES,
-    headers::HeaderEdits,
-    usage::UsageScan,
+    body::CHUNK_BYTES, headers::HeaderEdits, usage::UsageScan,
 };
 use crate::{
     epp::director::{DropReason, Refusal, RefusalCode},
@@ -103,8 +101,22 @@ impl Input<'_> {
     /// Up to seven fragments of JSON, so that names and usages come about.
     fn body(&mut self) -> Bytes {
         const PARTS: [&str; 16] = [
-            "\"model\":", " ", "\"t\"", "\"", "\"mod", "el\":\"t\"", "{", "}", "\"usage\":", "\"usa",
-            "ge\"", ":", "\"prompt_tokens\":3", ",\"output_tokens\":4", "data: ", "\n\n",
+            "\"model\":",
+            " ",
+            "\"t\"",
+            "\"",
+            "\"mod",
+            "el\":\"t\"",
+            "{",
+            "}",
+            "\"usage\":",
+            "\"usa",
+            "ge\"",
+            ":",
+            "\"prompt_tokens\":3",
+            ",\"output_tokens\":4",
+            "data: ",
+            "\n\n",
         ];
         let count = self.next() % 8;
         let parts = (0..count).map(|_| PARTS[usize::from(self.next() % 16)]);
