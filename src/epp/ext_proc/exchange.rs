@@ -81,8 +81,8 @@ enum RequestState {
     },
     /// The picker was asked.
     Asking(Pending),
-    /// Went on; `trailers`: they were answered.
-    Passing { trailers: bool },
+    /// Went on, but Envoy has more to say that wants a reply.
+    Passing,
     /// Nothing more is said.
     Over,
 }
@@ -98,14 +98,14 @@ struct Pending {
 /// What made a request whole, and so what the routing is a reply to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// Its headers: there is no body, or none that we see in time.
-    Headers,
+    /// Its headers: there is no body, or (`more`) none that we see in time.
+    Headers { more: bool },
     /// The flag in a part of the body.
     Flag,
     /// Trailers; `body`: there were parts of the body before.
     Trailers { body: bool },
-    /// The buffered body.
-    Buffered,
+    /// The buffered body; `more`: trailers will follow.
+    Buffered { more: bool },
     /// Trailers, where a buffered body should have been.
     BufferedTrailers,
 }
@@ -288,9 +288,10 @@ impl Exchange {
         let headers = header_list(message.headers);
         let hidden = matches!(self.request_mode, Mode::Streamed | Mode::None);
         if message.end_of_stream || hidden {
-            let mut inbound = self.ask(headers, Bytes::new(), End::Headers);
-            inbound.header_only = message.end_of_stream;
-            inbound.body_hidden = !message.end_of_stream;
+            let more = !message.end_of_stream;
+            let mut inbound = self.ask(headers, Bytes::new(), End::Headers { more });
+            inbound.header_only = !more;
+            inbound.body_hidden = more;
             return Some(Ask::Route(inbound));
         }
         if self.request_mode == Mode::Buffered {
@@ -314,14 +315,17 @@ impl Exchange {
                 body.push(message.body);
                 *begun = true;
                 match (self.request_mode, message.end_of_stream) {
-                    (Mode::Buffered, _) => self.whole(End::Buffered),
+                    (Mode::Buffered, end) => self.whole(End::Buffered { more: !end }),
                     (_, true) => self.whole(End::Flag),
                     (_, false) => None,
                 }
             }
-            RequestState::Passing { .. } if self.request_mode != Mode::Duplex => {
+            RequestState::Passing => {
                 self.facts.request_bytes += message.body.len() as u64;
                 replies.unchanged_body(Side::Request);
+                if message.end_of_stream {
+                    self.request = RequestState::Over;
+                }
                 None
             }
             _ => None,
@@ -337,10 +341,9 @@ impl Exchange {
                     _ => End::BufferedTrailers,
                 })
             }
-            RequestState::Passing { trailers } => {
-                if !mem::replace(trailers, true) {
-                    replies.trailers(Side::Request);
-                }
+            RequestState::Passing => {
+                replies.trailers(Side::Request);
+                self.request = RequestState::Over;
                 None
             }
             _ => None,
@@ -364,7 +367,7 @@ impl Exchange {
     fn send_on(&mut self, pending: Pending, routed: Routed, replies: &mut Replies) {
         let Pending { end, body, sidecar } = pending;
         let rewritten = routed.body;
-        let sends_body = !matches!(end, End::Headers | End::BufferedTrailers);
+        let sends_body = !matches!(end, End::Headers { .. } | End::BufferedTrailers);
         let length = rewritten.as_deref().map_or(body.len(), length);
         let says_length = rewritten.is_some() || self.config.always_content_length;
         let content_length = (sends_body && says_length).then_some(length);
@@ -373,7 +376,7 @@ impl Exchange {
         let whole = std::slice::from_ref(&body);
         let pieces = rewritten.as_deref().unwrap_or(whole);
         match end {
-            End::Headers => replies.routed_headers(mutation, metadata),
+            End::Headers { .. } => replies.routed_headers(mutation, metadata),
             End::Flag => {
                 replies.routed_headers(mutation, metadata);
                 replies.streamed(Side::Request, pieces, true);
@@ -385,7 +388,7 @@ impl Exchange {
                 }
                 replies.trailers(Side::Request);
             }
-            End::Buffered => {
+            End::Buffered { .. } => {
                 replies.routed_body(mutation, rewritten.as_deref().map(join), metadata);
             }
             // Too late for the headers; what is left is the metadata.
@@ -394,8 +397,8 @@ impl Exchange {
                 replies.attach(metadata);
             }
         }
-        let trailers = matches!(end, End::Trailers { .. } | End::BufferedTrailers);
-        self.request = RequestState::Passing { trailers };
+        let more = matches!(end, End::Headers { more: true } | End::Buffered { more: true });
+        self.request = if more { RequestState::Passing } else { RequestState::Over };
         self.facts.routed = true;
         self.facts.phase = Phase::Routed;
         self.stream = routed.stream;
