@@ -296,12 +296,12 @@ impl SchedulingProfile {
         keep.clear();
         keep.extend(0..cycle.endpoints.len());
         for (at, plugin) in self.filters.iter().enumerate() {
+            if keep.is_empty() {
+                break;
+            }
             if let Some(filter) = plugin.plugin.filter() {
                 filter.filter(cycle, keep);
                 lap.end(timers.and_then(|timers| timers.filters.get(at)));
-            }
-            if keep.is_empty() {
-                break;
             }
         }
         if keep.is_empty() {

@@ -12,7 +12,7 @@ use prometheus::Registry;
 use serde_json::Value;
 use smallvec::SmallVec;
 
-use super::{Configured, Cycle, Plugin, Produced};
+use super::{Configured, Cycle, Plugin, Produced, SchedulingProfile};
 use crate::{
     epp::{
         datalayer::{
@@ -209,4 +209,24 @@ pub(crate) fn build(
     params: Value,
 ) -> Result<Arc<dyn Plugin>, Vec<String>> {
     Site::default().build(registration, params)
+}
+
+/// A plugin under its type's name.
+pub(crate) fn configured(plugin: &Arc<dyn Plugin>) -> Configured {
+    Configured { name: plugin.type_name().into(), plugin: Arc::clone(plugin) }
+}
+
+/// A profile of these plugins.
+pub(crate) fn profile(
+    name: &str,
+    filters: &[Arc<dyn Plugin>],
+    scorers: &[(Arc<dyn Plugin>, f64)],
+    picker: &Arc<dyn Plugin>,
+) -> SchedulingProfile {
+    SchedulingProfile {
+        name: name.into(),
+        filters: filters.iter().map(configured).collect(),
+        scorers: scorers.iter().map(|(plugin, weight)| (configured(plugin), *weight)).collect(),
+        picker: configured(picker),
+    }
 }
