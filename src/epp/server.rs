@@ -20,7 +20,7 @@ pub mod tls;
 
 pub use self::{
     listen::{ConnectionMetrics, ServerOptions, serve},
-    services::{GrpcOptions, Services},
+    services::{Answering, GrpcOptions, Services},
 };
 
 #[cfg(test)]

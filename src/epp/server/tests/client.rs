@@ -1,0 +1,129 @@
+//! A gRPC client on one HTTP/2 connection, plaintext or TLS.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+};
+
+use http::{Request, Response, Uri};
+use hyper::{body::Incoming, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    task::JoinSet,
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
+        client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        crypto::ring,
+        pki_types::{CertificateDer, ServerName, UnixTime},
+    },
+};
+
+/// Where calls go.
+pub(super) fn origin(address: SocketAddr) -> Uri {
+    format!("http://{address}").parse().unwrap()
+}
+
+/// A connection. Clones share it; it ends with the last one.
+#[derive(Clone)]
+pub(super) struct Caller {
+    sender: http2::SendRequest<tonic::body::Body>,
+    _connection: Arc<Mutex<JoinSet<()>>>,
+}
+
+impl Caller {
+    pub(super) async fn plain(address: SocketAddr) -> Self {
+        Self::over(TcpStream::connect(address).await.unwrap()).await
+    }
+
+    /// Takes any certificate, and returns it.
+    pub(super) async fn tls(address: SocketAddr) -> io::Result<(Self, CertificateDer<'static>)> {
+        let provider = Arc::new(ring::default_provider());
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anybody))
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let name = ServerName::try_from("localhost").unwrap();
+        let stream = TcpStream::connect(address).await?;
+        let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
+        let connection = stream.get_ref().1;
+        assert_eq!(connection.alpn_protocol(), Some(&b"h2"[..]));
+        let certificate = connection.peer_certificates().unwrap()[0].clone().into_owned();
+        Ok((Self::over(stream).await, certificate))
+    }
+
+    async fn over(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Self {
+        let io = TokioIo::new(stream);
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .max_concurrent_reset_streams(1)
+            .handshake(io)
+            .await
+            .unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { connection.await.unwrap_or_default() });
+        Self { sender, _connection: Arc::new(Mutex::new(tasks)) }
+    }
+}
+
+impl tonic::codegen::Service<Request<tonic::body::Body>> for Caller {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, hyper::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.sender.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<tonic::body::Body>) -> Self::Future {
+        Box::pin(self.sender.send_request(request))
+    }
+}
+
+/// Trusts anybody.
+#[derive(Debug)]
+struct Anybody;
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ring::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
