@@ -50,7 +50,7 @@ use std::{
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 
 use self::{
-    cache::{Cache, EventFields},
+    cache::{Cache, CacheOptions, EventFields},
     rank::{Live, Rank},
     server::{Faults, Server},
     tokenizer::{Pieces, Tokenizer as _},
@@ -73,7 +73,7 @@ const BIND_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a wait looks again.
 const SLICE: Duration = Duration::from_millis(1);
 
-/// How events and replay answers are laid out.
+/// Whose events and replay answers it writes, and whose order of eviction it has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum EventForm {
     /// Maps, and the topic in replay answers: vLLM 0.26 and later.
@@ -243,7 +243,12 @@ fn ranks(options: &EngineOptions) -> Result<Vec<Arc<Rank>>, StartError> {
         options.topic.clone().unwrap_or_else(|| format!("kv@{}@{}", options.listen, options.model));
     let mut ranks = Vec::new();
     for number in 0..options.data_parallel_size.max(1) {
-        let cache = Cache::new(options.num_gpu_blocks, options.block_size, EventFields::default());
+        let cache = Cache::new(CacheOptions {
+            num_gpu_blocks: options.num_gpu_blocks,
+            block_size: options.block_size,
+            fields: EventFields::default(),
+            unhashed_first: options.form == EventForm::Map,
+        });
         let limits = scheduler::Limits {
             max_num_batched_tokens: options.max_num_batched_tokens.max(1),
             max_num_seqs: options.max_num_seqs.max(1),

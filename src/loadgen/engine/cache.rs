@@ -14,7 +14,8 @@
 //!   front, evicting, and announces every block that is full when the step's tokens are computed, in
 //!   one `BlockStored`.
 //! * [`free`](Cache::free) releases a request's blocks in reverse order, so that its tail is evicted
-//!   first, and its beginning, which others may share, last.
+//!   first, and its beginning, which others may share, last. A block that never became full goes to
+//!   the front instead, from vLLM 0.24: it is worth nothing.
 //!
 //! Several blocks may carry one hash: equal prompts that were looked up before any of them was
 //! allocated, and the last block of a prompt that ends with it. Each is announced; a hit takes the
@@ -62,6 +63,20 @@ impl Default for EventFields {
     fn default() -> Self {
         Self { medium: true, lora_name: true, extra_keys: true, group: true, kind: true }
     }
+}
+
+/// What a cache is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Physical blocks, the null block among them; at least 2.
+    pub num_gpu_blocks: u32,
+    /// Tokens per block, at least 1.
+    pub block_size: usize,
+    /// Fields of its events.
+    pub fields: EventFields,
+    /// Are released blocks without a hash given out before all others, as from vLLM 0.24? Up to 0.23
+    /// they wait their turn.
+    pub unhashed_first: bool,
 }
 
 /// There are not enough free blocks; nothing was changed.
@@ -157,8 +172,7 @@ pub(super) enum Fault {
 /// See the module's page.
 #[derive(Clone, Debug)]
 pub struct Cache {
-    block_size: usize,
-    fields: EventFields,
+    options: CacheOptions,
     blocks: Vec<State>,
     free: FreeQueue,
     entries: HashMap<u64, Entry>,
@@ -172,16 +186,15 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// An empty cache of `num_gpu_blocks` blocks (at least 2, the null block among them) of
-    /// `block_size` tokens (at least 1).
+    /// An empty cache. Options below their least values are taken for these.
     #[must_use]
-    pub fn new(num_gpu_blocks: u32, block_size: usize, fields: EventFields) -> Self {
-        let count = num_gpu_blocks.max(2);
+    pub fn new(options: CacheOptions) -> Self {
+        let count = options.num_gpu_blocks.max(2);
+        let options = CacheOptions { block_size: options.block_size.max(1), ..options };
         let mut free = FreeQueue::full(count);
         free.remove(0);
         Self {
-            block_size: block_size.max(1),
-            fields,
+            options,
             blocks: vec![State::default(); count as usize],
             free,
             entries: HashMap::new(),
@@ -197,7 +210,7 @@ impl Cache {
     /// Tokens per block.
     #[must_use]
     pub fn block_size(&self) -> usize {
-        self.block_size
+        self.options.block_size
     }
 
     /// Blocks that can be given out, hashed or not.
@@ -221,7 +234,7 @@ impl Cache {
     /// The leading full blocks that are cached, without the one that has the last token.
     #[must_use]
     pub fn lookup(&self, sequence: &Sequence) -> Hits {
-        let most = sequence.tokens().len().saturating_sub(1) / self.block_size;
+        let most = sequence.tokens().len().saturating_sub(1) / self.options.block_size;
         let blocks =
             sequence.hashes().iter().take(most).map_while(|hash| self.carrier(*hash)).collect();
         Hits { blocks }
@@ -244,7 +257,7 @@ impl Cache {
     ) -> Result<(), NoRoom> {
         let held = self.requests.get(&request).map_or(0, |held| held.blocks.len());
         let needed = (computed + new_tokens)
-            .div_ceil(self.block_size)
+            .div_ceil(self.options.block_size)
             .saturating_sub(hits.blocks.len() + held);
         let idle = hits.blocks.iter().filter(|hit| self.state(**hit).users == 0).count();
         if needed + idle > self.free.len() {
@@ -263,7 +276,7 @@ impl Cache {
             let block = self.take().ok_or(NoRoom)?;
             held.blocks.push(block);
         }
-        let full = sequence.tokens().len().min(computed + new_tokens) / self.block_size;
+        let full = sequence.tokens().len().min(computed + new_tokens) / self.options.block_size;
         self.announce(sequence, &held, full);
         held.announced = held.announced.max(full);
         self.requests.insert(request, held);
@@ -272,14 +285,27 @@ impl Cache {
 
     /// Releases all blocks of a request; does nothing for an unknown one.
     pub fn free(&mut self, request: RequestId) {
-        let Some(held) = self.requests.remove(&request) else { return };
+        let Some(mut held) = self.requests.remove(&request) else { return };
+        held.blocks.reverse();
         #[cfg(test)]
         if self.fault == Fault::ForwardFree {
-            held.blocks.iter().for_each(|block| self.release(*block));
-            return;
+            held.blocks.reverse();
         }
-        for &block in held.blocks.iter().rev() {
-            self.release(block);
+        let mut without_hash = Vec::new();
+        for &block in &held.blocks {
+            let state = self.state_mut(block);
+            state.users -= 1;
+            if state.users > 0 {
+                continue;
+            }
+            if state.hash.is_none() && self.options.unhashed_first {
+                without_hash.push(block);
+            } else {
+                self.append(block);
+            }
+        }
+        for block in without_hash.into_iter().rev() {
+            self.free.push_front(block);
         }
     }
 
@@ -354,18 +380,14 @@ impl Cache {
         }
         self.events.push(Event::BlockRemoved(BlockRemoved {
             block_hashes: vec![Hash::Unsigned(hash)],
-            medium: self.fields.medium.then(|| MEDIUM.to_owned()),
-            group_idx: self.fields.group.then_some(0),
+            medium: self.options.fields.medium.then(|| MEDIUM.to_owned()),
+            group_idx: self.options.fields.group.then_some(0),
             ..BlockRemoved::default()
         }));
     }
 
-    fn release(&mut self, block: Block) {
-        let state = self.state_mut(block);
-        state.users -= 1;
-        if state.users > 0 {
-            return;
-        }
+    /// Puts a block at the end of the free queue.
+    fn append(&mut self, block: Block) {
         #[cfg(test)]
         if self.fault == Fault::Fifo {
             let given = &self.given.1;
@@ -408,18 +430,19 @@ impl Cache {
             block_hashes: hashes[first..full].iter().map(|hash| Hash::Unsigned(*hash)).collect(),
             parent_block_hash: first.checked_sub(1).map(|before| Hash::Unsigned(hashes[before])),
             token_ids: Tokens::Plain(
-                sequence.tokens()[first * self.block_size..full * self.block_size].to_vec(),
+                sequence.tokens()[first * self.options.block_size..full * self.options.block_size]
+                    .to_vec(),
             ),
-            block_size: self.block_size as i64,
+            block_size: self.options.block_size as i64,
             lora_id: lora.as_ref().map(|lora| lora.id),
-            medium: self.fields.medium.then(|| MEDIUM.to_owned()),
+            medium: self.options.fields.medium.then(|| MEDIUM.to_owned()),
             lora_name: lora
                 .as_ref()
-                .filter(|_| self.fields.lora_name)
+                .filter(|_| self.options.fields.lora_name)
                 .map(|lora| lora.name.to_string()),
-            extra_keys: self.fields.extra_keys.then(extras),
-            group_idx: self.fields.group.then_some(0),
-            kv_cache_spec_kind: self.fields.kind.then(|| KIND.to_owned()),
+            extra_keys: self.options.fields.extra_keys.then(extras),
+            group_idx: self.options.fields.group.then_some(0),
+            kv_cache_spec_kind: self.options.fields.kind.then(|| KIND.to_owned()),
             ..BlockStored::default()
         }));
     }

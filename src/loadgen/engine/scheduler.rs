@@ -347,7 +347,7 @@ impl Scheduler {
 mod tests {
     use super::*;
     use crate::loadgen::engine::{
-        cache::EventFields,
+        cache::{CacheOptions, EventFields},
         sequence::{Identity, Lora},
     };
 
@@ -355,7 +355,13 @@ mod tests {
         Limits { max_num_batched_tokens: 8, max_num_seqs: 4, chunked_prefill: true, max_loras: 1 };
 
     fn scheduler(blocks: u32, limits: Limits) -> Scheduler {
-        let cache = Cache::new(blocks, 2, EventFields::default());
+        let options = CacheOptions {
+            num_gpu_blocks: blocks,
+            block_size: 2,
+            fields: EventFields::default(),
+            unhashed_first: true,
+        };
+        let cache = Cache::new(options);
         Scheduler::new(cache, limits, Pace::default(), 1000)
     }
 

@@ -39,6 +39,11 @@ impl FreeQueue {
         self.insert_before(self.sentinel(), block);
     }
 
+    /// Puts a block that is not in the queue in front.
+    pub(super) fn push_front(&mut self, block: u32) {
+        self.insert_before(self.next[self.sentinel() as usize], block);
+    }
+
     /// Takes the block in front.
     pub(super) fn pop(&mut self) -> Option<u32> {
         let first = self.next[self.sentinel() as usize];
@@ -103,8 +108,10 @@ mod tests {
         queue.push(1);
         queue.push(0);
         assert_eq!(queue.iter().collect::<Vec<_>>(), [2, 3, 1, 0]);
+        queue.remove(0);
+        queue.push_front(0);
         let rest: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
-        assert_eq!(rest, [2, 3, 1, 0]);
+        assert_eq!(rest, [0, 2, 3, 1]);
         assert_eq!((queue.pop(), queue.len()), (None, 0));
     }
 }
