@@ -11,6 +11,7 @@ mod architecture;
 mod config;
 mod differential;
 mod discovery;
+mod epp_config;
 mod ingest;
 mod replay_tool;
 mod service;
