@@ -66,6 +66,3 @@ dataLayer:
     extractors:
     - pluginRef: core-metrics-extractor
 ";
-
-#[cfg(test)]
-mod tests;

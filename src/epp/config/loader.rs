@@ -64,8 +64,8 @@ pub struct Parts<'a> {
     pub metrics: &'a Registry,
     /// `--allow-experimental-plugins`.
     pub allow_experimental: bool,
-    /// Parameters of plugins that are added because the configuration has none of their name, by
-    /// type: what flags say.
+    /// Parameters of plugins to which the configuration gives none, by canonical type: what flags
+    /// say.
     pub defaults: &'a [(&'static str, Value)],
 }
 
@@ -350,14 +350,24 @@ impl<'r> Loader<'r> {
                 let text = format!("DEPRECATION: type '{}' is deprecated: {text}", spec.type_name);
                 self.reader.warn(format!("{}.type", spec.at), text);
             }
+            let by_flags = registration.and_then(|known| self.by_flags(known.type_name));
+            let parameters = match by_flags {
+                Some(parameters) if !spec.parameters.is_present() => parameters,
+                Some(_) => {
+                    let text = "these go before what flags say of it";
+                    self.reader.warn(spec.parameters.path(), text);
+                    spec.parameters
+                }
+                None => spec.parameters,
+            };
             self.slots.borrow_mut().push(Slot {
                 name: spec.name.into(),
                 type_name: spec.type_name,
                 at: spec.at,
                 stage: if registration.is_some() { Stage::Waiting } else { Stage::Failed },
                 registration,
-                parameters_at: spec.parameters.path().to_owned(),
-                parameters: Some(spec.parameters),
+                parameters_at: parameters.path().to_owned(),
+                parameters: Some(parameters),
                 configured: true,
             });
         }
@@ -492,10 +502,8 @@ impl<'r> Loader<'r> {
 
     fn add(&self, type_name: &str, at: &str, why: &str) -> Option<usize> {
         let registration = self.usable(type_name, type_name, why, at)?;
-        let parameters = match self.flags.iter().find(|(known, _)| *known == type_name) {
-            Some((_, reader)) => reader.root(),
-            None => self.reader.absent(type_name),
-        };
+        let by_flags = self.by_flags(registration.type_name);
+        let parameters = by_flags.unwrap_or_else(|| self.reader.absent(type_name));
         let mut slots = self.slots.borrow_mut();
         slots.push(Slot {
             name: type_name.into(),
@@ -508,6 +516,12 @@ impl<'r> Loader<'r> {
             stage: Stage::Waiting,
         });
         Some(slots.len() - 1)
+    }
+
+    /// What flags say about plugins of a type.
+    fn by_flags(&self, type_name: &str) -> Option<Fields<'r>> {
+        let (_, reader) = self.flags.iter().find(|(known, _)| *known == type_name)?;
+        Some(reader.root())
     }
 
     /// Built plugins, in order.
