@@ -25,6 +25,7 @@ pub mod ext_proc;
 pub mod metrics;
 pub mod plugins;
 pub mod request;
+pub mod run;
 pub mod scheduling;
 pub mod server;
 pub mod service;

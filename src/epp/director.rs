@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 pub use self::refusal::{DropReason, Refusal, RefusalCode};
 use crate::epp::{
-    datalayer::{Endpoint, Endpoints, Metrics, UnknownMetrics},
+    datalayer::{Endpoint, Endpoints, Metrics, UnknownMetrics, scrape::Scraper},
     ext_proc::{
         Inbound, Routed,
         headers::{self, HeaderEdits, HeaderList},
@@ -87,6 +87,8 @@ pub struct Parts {
     pub endpoints: Arc<Endpoints>,
     /// How an endpoint without metrics is seen.
     pub unknown_metrics: UnknownMetrics,
+    /// Who keeps the endpoints' metrics current, as long as somebody needs them.
+    pub scrapers: Vec<Arc<Scraper>>,
     /// What is counted.
     pub metrics: EppMetrics,
     /// Does the hint of candidates in the proxy's metadata count?
@@ -184,6 +186,7 @@ impl Director {
 
     /// Routes a request whose headers came at `received`.
     pub async fn route(&self, inbound: Inbound, received: Instant) -> Decision {
+        self.parts.scrapers.iter().for_each(|scraper| scraper.touch());
         let known = inbound.headers.get(headers::REQUEST_ID).filter(|id| !id.is_empty());
         let generated = known.is_none();
         let id = known.map_or_else(|| Arc::from(Uuid::new_v4().to_string()), Arc::from);

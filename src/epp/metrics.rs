@@ -12,6 +12,7 @@
 //! does with that is additions to atomics. Timers of plugins are resolved at setup.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -27,8 +28,12 @@ use prometheus::{
 
 use crate::{
     epp::{
-        datalayer::{Endpoint, EndpointWatcher, Endpoints},
+        datalayer::{
+            Endpoint, EndpointWatcher, Endpoints,
+            scrape::{ScrapeStats, Scraper},
+        },
         director::RefusalCode,
+        scheduling,
         server::{ConnectionMetrics, tls::ReloadMetrics},
     },
     support::{metrics::add, sync::lock},
@@ -236,12 +241,19 @@ struct State {
     request_processing: Histogram,
     response_processing: Histogram,
     plugins: Mutex<Vec<([String; 3], PluginTimer)>>,
-    poll_errors: Mutex<Vec<(String, ErrorCounter)>>,
-    extract_errors: Mutex<Vec<([String; 2], ErrorCounter)>>,
+    scrapers: Mutex<Vec<Watched>>,
     open_streams: AtomicI64,
     stream_duration: Histogram,
     /// By the number of the gRPC code.
     streams: [AtomicU64; CODES.len()],
+}
+
+/// A scraper and what the configuration calls its parts.
+#[derive(Debug)]
+struct Watched {
+    source_type: String,
+    extractor_type: String,
+    scraper: Arc<Scraper>,
 }
 
 /// Names of gRPC codes as Go writes them, by number.
@@ -283,8 +295,7 @@ impl EppMetrics {
             request_processing: Histogram::new(&histogram::REQUEST_PROCESSING),
             response_processing: Histogram::new(&histogram::RESPONSE_PROCESSING),
             plugins: Mutex::default(),
-            poll_errors: Mutex::default(),
-            extract_errors: Mutex::default(),
+            scrapers: Mutex::default(),
             open_streams: AtomicI64::new(0),
             stream_duration: Histogram::new(&histogram::STREAM),
             streams: Default::default(),
@@ -418,18 +429,14 @@ impl EppMetrics {
         found_or(&mut lock(&self.state.plugins), labels, new)
     }
 
-    /// Where failed polls of a kind of data source are counted. For setup.
-    #[must_use]
-    pub fn poll_errors(&self, source_type: &str) -> ErrorCounter {
-        let source = source_type.to_owned();
-        found_or(&mut lock(&self.state.poll_errors), source, ErrorCounter::default)
-    }
-
-    /// Where an extractor's failures on what a kind of data source gave are counted. For setup.
-    #[must_use]
-    pub fn extract_errors(&self, source_type: &str, extractor_type: &str) -> ErrorCounter {
-        let labels = [extractor_type, source_type].map(str::to_owned);
-        found_or(&mut lock(&self.state.extract_errors), labels, ErrorCounter::default)
+    /// From now on reports the faults of this scraper, whose configuration names a source and an
+    /// extractor of these types.
+    pub fn watch_scraper(&self, source_type: &str, extractor_type: &str, scraper: &Arc<Scraper>) {
+        lock(&self.state.scrapers).push(Watched {
+            source_type: source_type.to_owned(),
+            extractor_type: extractor_type.to_owned(),
+            scraper: Arc::clone(scraper),
+        });
     }
 
     /// An `ext_proc` stream was opened; it is open until what is returned is dropped.
@@ -471,6 +478,12 @@ fn found_or<L: PartialEq, H: Clone>(
 #[derive(Clone, Debug)]
 pub struct PluginTimer(Arc<Histogram>);
 
+impl scheduling::PluginTimer for PluginTimer {
+    fn ran(&self, took: Duration) {
+        self.observe(took);
+    }
+}
+
 impl PluginTimer {
     /// A call took so long.
     pub fn observe(&self, duration: Duration) {
@@ -483,17 +496,6 @@ impl PluginTimer {
         let result = call();
         self.observe(start.elapsed());
         result
-    }
-}
-
-/// Counts errors. Clones share one state.
-#[derive(Clone, Debug, Default)]
-pub struct ErrorCounter(Arc<AtomicU64>);
-
-impl ErrorCounter {
-    /// Counts one.
-    pub fn inc(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -606,18 +608,25 @@ impl Collector for All {
         });
         let MetricsOptions { commit, build_ref, .. } = &state.options;
         both(&INFO, &INFO_OLD, &|family| vec![family.series(&[build_ref, commit], 1.0)]);
+        let scraped = |count: fn(&ScrapeStats) -> u64| {
+            // Several scrapers of the same types are one series.
+            let mut sums: BTreeMap<[String; 2], u64> = BTreeMap::new();
+            for watched in lock(&state.scrapers).iter() {
+                let types = [&watched.extractor_type, &watched.source_type].map(String::clone);
+                *sums.entry(types).or_default() += count(watched.scraper.stats());
+            }
+            sums
+        };
         both(&POLL_ERRORS, &POLL_ERRORS_OLD, &|family| {
-            let series = |(source, count): &(String, ErrorCounter)| {
-                family.series(&[source], count.0.load(Ordering::Relaxed))
-            };
-            lock(&state.poll_errors).iter().map(series).collect()
+            let sums = scraped(|stats| stats.poll_errors().map(|(_, count)| count).sum());
+            sums.iter().map(|([_, source], sum)| family.series(&[source], *sum)).collect()
         });
         both(&EXTRACT_ERRORS, &EXTRACT_ERRORS_OLD, &|family| {
-            let series = |(labels, count): &([String; 2], ErrorCounter)| {
-                let values = labels.each_ref().map(String::as_str);
-                family.series(&values, count.0.load(Ordering::Relaxed))
+            let sums = scraped(ScrapeStats::extract_errors);
+            let series = |(types, sum): (&[String; 2], &u64)| {
+                family.series(&types.each_ref().map(String::as_str), *sum)
             };
-            lock(&state.extract_errors).iter().map(series).collect()
+            sums.iter().map(series).collect()
         });
         let open = state.open_streams.load(Ordering::Relaxed);
         families.push(OPEN_STREAMS.with(vec![OPEN_STREAMS.series(&[], open)]));

@@ -30,7 +30,7 @@ pub(crate) mod testing;
 pub use self::{
     decisions::{Decision, Decisions},
     produced::{DataKey, InFlight, PrefixMatches, Produced},
-    scheduler::{ExtensionPoint, PluginTimer, Scheduler, fallback_pick},
+    scheduler::{PluginTimer, Scheduler, fallback_pick},
 };
 
 /// One request on its way through the profiles.

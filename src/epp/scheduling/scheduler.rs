@@ -30,45 +30,10 @@ use smallvec::SmallVec;
 use super::{
     Configured, Cycle, ProfileResults, ProfileRun, SchedulingProfile, SchedulingResult, Scored,
 };
-use crate::epp::director::{Refusal, RefusalCode};
-
-/// Where in the cycle a plugin was called. Label `extension_point`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ExtensionPoint {
-    /// A handler chose profiles.
-    ProfilePicker,
-    /// A filter ran.
-    Filter,
-    /// A scorer ran.
-    Scorer,
-    /// A picker ran.
-    Picker,
-    /// A handler merged results.
-    ProcessProfilesResults,
-}
-
-impl ExtensionPoint {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::ProfilePicker,
-        Self::Filter,
-        Self::Scorer,
-        Self::Picker,
-        Self::ProcessProfilesResults,
-    ];
-
-    /// The label's value, as in the Go EPP.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::ProfilePicker => "ProfilePicker",
-            Self::Filter => "Filter",
-            Self::Scorer => "Scorer",
-            Self::Picker => "Picker",
-            Self::ProcessProfilesResults => "ProcessProfilesResults",
-        }
-    }
-}
+use crate::epp::{
+    director::{Refusal, RefusalCode},
+    metrics::ExtensionPoint,
+};
 
 /// Hears how long one plugin took at one extension point. Its labels are resolved when it is made.
 pub trait PluginTimer: fmt::Debug + Send + Sync {

@@ -489,5 +489,4 @@ proptest! {
 #[test]
 fn types_are_named_as_configured() {
     assert_eq!(queue_scorer::REGISTRATION.type_name, QueueScorer.type_name());
-    assert_eq!(ExtensionPoint::ALL.map(ExtensionPoint::as_str)[4], "ProcessProfilesResults");
 }
