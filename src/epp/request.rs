@@ -48,7 +48,9 @@ mod tests;
 pub use self::{
     estimate::estimate_tokens,
     json::JsonError,
-    parsers::{DEFAULT_PARSERS, ParseError, ParserKind, ParserListError, Parsers, Route, path},
+    parsers::{
+        DEFAULT_PARSERS, ParseError, ParserKind, ParserListError, Parsers, Route, request_path,
+    },
     splice::splice_model,
 };
 

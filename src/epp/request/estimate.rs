@@ -41,10 +41,8 @@ pub fn estimate_tokens(parsed: &Parsed, body: &[u8], out: &mut Vec<u32>, limit: 
         return;
     }
     let tools = parsed.tools.clone().and_then(|span| body.get(span)).unwrap_or_default();
-    let texts = parsed.prompt.iter().map(|part| part.span.len()).sum::<usize>();
-    out.reserve(((texts + tools.len()) / BYTES + 1).min(limit));
-    let end = out.len().saturating_add(limit);
-    let mut packer = Packer { out, end, rest: [0; BYTES], filled: 0 };
+    let mut packer = Packer::new(out, limit);
+    packer.expect(tools.len() + parsed.prompt.iter().map(|part| part.span.len()).sum::<usize>());
     if parsed.items_as_json() {
         // Instructions, then tools, then input.
         let (input, instructions) = match parsed.prompt.as_slice() {
@@ -65,66 +63,70 @@ pub fn estimate_tokens(parsed: &Parsed, body: &[u8], out: &mut Vec<u32>, limit: 
             }
         }
     }
-    packer.align();
+    packer.finish();
 }
 
-/// Packs bytes into tokens until there are enough.
+/// Writes bytes over the tokens of a vector until there are enough.
 struct Packer<'a> {
     out: &'a mut Vec<u32>,
+    /// Length of `out` before.
+    start: usize,
     /// Length of `out` that is enough.
     end: usize,
-    /// Bytes that are not yet a token.
-    rest: [u8; BYTES],
-    filled: usize,
+    /// Bytes written.
+    at: usize,
 }
 
-impl Packer<'_> {
+impl<'a> Packer<'a> {
+    fn new(out: &'a mut Vec<u32>, limit: usize) -> Self {
+        let start = out.len();
+        Self { out, start, end: start.saturating_add(limit), at: 0 }
+    }
+
+    /// Makes room for so many bytes more, as zeros, as far as they are wanted.
+    fn expect(&mut self, bytes: usize) {
+        let tokens = (self.at + bytes).div_ceil(BYTES);
+        let length = self.start.saturating_add(tokens).min(self.end);
+        if length > self.out.len() {
+            self.out.resize(length, 0);
+        }
+    }
+
     fn piece(&mut self, piece: &Piece<'_>) -> ControlFlow<()> {
         match piece {
             Piece::Text(text) => self.bytes(text),
             Piece::Next => self.align(),
             Piece::Media(media, parts) => self.media(*media, parts),
         }
-        if self.out.len() >= self.end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        let full = self.start + self.at / BYTES >= self.end;
+        if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    fn bytes(&mut self, mut bytes: &[u8]) {
-        while self.filled > 0 {
-            let Some((&byte, rest)) = bytes.split_first() else { return };
-            self.push(byte);
-            bytes = rest;
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.expect(bytes.len());
+        let all: &mut [u8] =
+            bytemuck::cast_slice_mut(self.out.get_mut(self.start..).unwrap_or_default());
+        let room = all.get_mut(self.at..).unwrap_or_default();
+        let length = room.len().min(bytes.len());
+        if let (Some(room), Some(bytes)) = (room.get_mut(..length), bytes.get(..length)) {
+            room.copy_from_slice(bytes);
         }
-        let (tokens, tail) = bytes.as_chunks::<BYTES>();
-        let room = self.end.saturating_sub(self.out.len());
-        let tokens = tokens.get(..room).unwrap_or(tokens);
-        self.out.extend(tokens.iter().map(|token| u32::from_le_bytes(*token)));
-        for byte in tail {
-            self.push(*byte);
-        }
+        self.at += length;
     }
 
-    fn push(&mut self, byte: u8) {
-        if let Some(slot) = self.rest.get_mut(self.filled) {
-            *slot = byte;
-        }
-        self.filled += 1;
-        if self.filled == BYTES {
-            self.token(u32::from_le_bytes(self.rest));
-            self.rest = [0; BYTES];
-            self.filled = 0;
-        }
-    }
-
-    /// Fills the token that is begun.
+    /// Fills the token that is begun, with the zeros that are there.
     fn align(&mut self) {
-        while self.filled > 0 {
-            self.push(0);
-        }
+        self.at = self.at.next_multiple_of(BYTES);
     }
 
-    fn token(&mut self, token: u32) {
-        if self.out.len() < self.end {
-            self.out.push(token);
+    fn finish(mut self) {
+        self.align();
+        self.out.truncate(self.start + self.at / BYTES);
+        // The bytes were written in order; on a big-endian machine that is not yet a number.
+        if cfg!(target_endian = "big") {
+            for token in self.out.iter_mut().skip(self.start) {
+                *token = u32::from_le(*token);
+            }
         }
     }
 
@@ -133,7 +135,7 @@ impl Packer<'_> {
         let mut hash = Xxh64::new(0);
         let mut length: u64 = 0;
         for part in parts {
-            unescape(part, &mut |piece| {
+            unescape(part, |piece| {
                 hash.update(piece);
                 length += piece.len() as u64;
             });
@@ -143,10 +145,15 @@ impl Packer<'_> {
             Media::Video => VIDEO_TOKENS,
             Media::Audio => length.div_ceil(BYTES as u64),
         };
-        let room = self.end.saturating_sub(self.out.len());
-        let count = usize::try_from(count.max(1)).unwrap_or(usize::MAX).min(room);
         // The low half of the hash names the asset.
-        self.out.extend(std::iter::repeat_n(hash.digest() as u32, count));
+        let token = (hash.digest() as u32).to_le_bytes();
+        for _ in 0..count.max(1) {
+            let before = self.at;
+            self.bytes(&token);
+            if self.at == before {
+                break;
+            }
+        }
     }
 }
 
@@ -171,6 +178,6 @@ fn decoded(base64: &[u8]) -> Option<(u32, u32)> {
         return image::size(base64);
     }
     let mut plain = Vec::with_capacity(base64.len());
-    unescape(base64, &mut |piece| plain.extend_from_slice(piece));
+    unescape(base64, |piece| plain.extend_from_slice(piece));
     image::size(&plain)
 }

@@ -486,6 +486,10 @@ impl<'a> Found<'a> {
         let mut count: usize = 0;
         let mut fault = None;
         scanner.items(|scanner| {
+            scanner.run_of_digits(|_| {
+                count += 1;
+                true
+            });
             if scanner.digits().is_none() {
                 let value = scanner.value()?;
                 let raw = scanner.bytes(&value.span);
@@ -675,8 +679,9 @@ fn prompt(scanner: &mut Scanner<'_>) -> Result<Prompt, JsonError> {
     })
 }
 
-/// Reads a value; is it a token id?
+/// Reads a value, and those before it that are plain numbers; is it a token id?
 fn token(scanner: &mut Scanner<'_>) -> Result<bool, JsonError> {
+    scanner.run_of_digits(|_| true);
     if scanner.digits().is_some() {
         return Ok(true);
     }

@@ -162,7 +162,7 @@ impl<'a> Scanner<'a> {
             return Cow::Borrowed(raw);
         }
         let mut plain = Vec::with_capacity(raw.len());
-        unescape(raw, &mut |piece| plain.extend_from_slice(piece));
+        unescape(raw, |piece| plain.extend_from_slice(piece));
         Cow::Owned(plain)
     }
 
@@ -274,29 +274,48 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// Reads a plain number below 2³², digits only; anything else is left for
-    /// [`value`](Self::value).
+    /// Reads a plain number of up to seven digits; anything else is left for
+    /// [`value`](Self::value). Seven digits are enough for the tokens of any vocabulary, and fit with
+    /// what follows them into one word, so that the number of digits costs no branch.
     pub(super) fn digits(&mut self) -> Option<u32> {
-        let rest = self.body.get(self.at..)?;
-        let mut number: u64 = 0;
-        let mut length = 0;
-        // Eleven digits are too many for a u32.
-        for byte in rest.iter().take(11) {
-            let digit = byte.wrapping_sub(b'0');
-            if digit > 9 {
-                break;
-            }
-            number = number * 10 + u64::from(digit);
-            length += 1;
-        }
-        let ends = !matches!(rest.get(length), Some(b'.' | b'e' | b'E' | b'0'..=b'9'));
-        let plain = length == 1 || (length > 1 && rest.first() != Some(&b'0'));
-        if !(plain && ends) {
+        let word = u64::from_le_bytes(*self.body.get(self.at..)?.first_chunk()?);
+        // A digit is 0x30 to 0x39: so is its upper half, and with six added still. Lanes above the
+        // lowest other byte may be wrong (a carry), and do not count.
+        let high = lanes(0xf0);
+        let other =
+            (word & high) ^ lanes(0x30) | (word.wrapping_add(lanes(6)) & high) ^ lanes(0x30);
+        let length = other.trailing_zeros() / 8;
+        if length == 0 || length == 8 {
             return None;
         }
-        let number = u32::try_from(number).ok()?;
-        self.at += length;
-        Some(number)
+        let next = (word >> (8 * length)) as u8;
+        let leading_zero = length > 1 && word as u8 == b'0';
+        if leading_zero || matches!(next, b'.' | b'e' | b'E') {
+            return None;
+        }
+        // The digits at the upper end, zeros in front; then pairs, fours and eights of them.
+        let digits = (word & lanes(0x0f)) << (64 - 8 * length);
+        let pairs = digits.wrapping_mul(10).wrapping_add(digits >> 8);
+        let low = (pairs & 0x0000_00ff_0000_00ff).wrapping_mul(0x000f_4240_0000_0064);
+        let high = ((pairs >> 16) & 0x0000_00ff_0000_00ff).wrapping_mul(0x0000_2710_0000_0001);
+        self.at += length as usize;
+        Some((low.wrapping_add(high) >> 32) as u32)
+    }
+
+    /// Reads the plain numbers of a list as far as each is followed by a comma, beginning with the
+    /// element at the cursor, which is at an element afterwards, too.
+    pub(super) fn run_of_digits(&mut self, mut each: impl FnMut(u32) -> bool) {
+        loop {
+            let start = self.at;
+            let Some(number) = self.digits() else { return };
+            self.space();
+            if self.peek() != Some(b',') || !each(number) {
+                self.at = start;
+                return;
+            }
+            self.at += 1;
+            self.space();
+        }
     }
 
     /// Checks that nothing but space follows.
@@ -565,7 +584,7 @@ fn find_special(body: &[u8], from: usize) -> usize {
 
 /// Hands out the text between the quotes of a string, without its escapes, in pieces. Lone
 /// surrogates become U+FFFD as in Go; bytes that are not UTF-8 stay as they are.
-pub(super) fn unescape(raw: &[u8], out: &mut dyn FnMut(&[u8])) {
+pub(super) fn unescape(raw: &[u8], mut out: impl FnMut(&[u8])) {
     let mut rest = raw;
     while let Some(at) = memchr(b'\\', rest) {
         let (plain, escape) = rest.split_at(at);

@@ -198,7 +198,7 @@ impl Parsers {
     /// What Go answers with 400: no parser for the path, a body that is not JSON, a missing or
     /// wrong field. Missing prompts are reported before missing models, as in Go.
     pub fn parse(&self, headers: &HeaderList, body: &[u8]) -> Result<Parsed, ParseError> {
-        let route = self.route(path(headers))?;
+        let route = self.route(request_path(headers))?;
         fields::read(route.api, body)
     }
 }
@@ -217,7 +217,7 @@ impl Route {
 /// The path of a request, without its query: `:path`, else `x-original-path`, else
 /// `x-forwarded-path`, else `/v1/completions`; an empty header counts as missing.
 #[must_use]
-pub fn path(headers: &HeaderList) -> &str {
+pub fn request_path(headers: &HeaderList) -> &str {
     let names = [":path", "x-original-path", "x-forwarded-path"];
     let path = names.iter().find_map(|name| headers.get(name).filter(|path| !path.is_empty()));
     without_query(path.unwrap_or("/v1/completions"))

@@ -8,7 +8,7 @@ use std::{borrow::Cow, ops::ControlFlow};
 use super::{
     Api, Parsed, PromptForm, PromptSpan,
     fields::is_token,
-    json::{JsonError, Scanner, Text, float, unescape},
+    json::{JsonError, Kind, Scanner, Text, float, unescape},
 };
 
 /// Blocks with this text in front are left out of system prompts, as in Go: they differ from request
@@ -59,7 +59,7 @@ impl PromptSpan {
         _ = match self.form {
             PromptForm::Text => out.string(unquoted(value)),
             PromptForm::Texts => out.strings(value),
-            PromptForm::Messages => each(value, |message| out.message(message)),
+            PromptForm::Messages => each(value, |scanner| out.message(scanner)),
             PromptForm::Blocks => out.content(value, true),
             PromptForm::Json => out.text(value),
             PromptForm::Tokens | PromptForm::TokenLists => Ok(()),
@@ -104,7 +104,7 @@ impl Parsed {
         let length = |part: &PromptSpan| match part.plain(body) {
             Some(plain) => {
                 let mut length = 0;
-                unescape(plain, &mut |piece| length += piece.len());
+                unescape(plain, |piece| length += piece.len());
                 length
             }
             None => part.raw(body).len(),
@@ -141,6 +141,13 @@ impl Parsed {
         let mut scanner = Scanner::new(raw);
         let mut list = |scanner: &mut Scanner<'_>| {
             scanner.items(|scanner| {
+                scanner.run_of_digits(|id| {
+                    let room = out.len() < end;
+                    if room {
+                        out.push(id);
+                    }
+                    room
+                });
                 if out.len() == end {
                     return Err(ENOUGH);
                 }
@@ -207,7 +214,7 @@ impl Out<'_, '_> {
             return self.text(raw);
         }
         let mut step = Ok(());
-        unescape(raw, &mut |piece| {
+        unescape(raw, |piece| {
             if step.is_ok() {
                 step = self.text(piece);
             }
@@ -218,17 +225,18 @@ impl Out<'_, '_> {
     /// The strings of a list, each a prompt.
     fn strings(&mut self, list: &[u8]) -> Step {
         let mut first = true;
-        each(list, |element| {
+        each(list, |scanner| {
+            let element = scanner.value()?;
             if !std::mem::take(&mut first) {
                 self.put(Piece::Next)?;
             }
-            self.string(unquoted(element))
+            self.string(unquoted(scanner.bytes(&element.span)))
         })
     }
 
-    /// A message, or an item: its role, then its content.
-    fn message(&mut self, message: &[u8]) -> Step {
-        let [role, content] = pick(message, ["role", "content"])?;
+    /// The message, or the item, at the cursor: its role, then its content.
+    fn message(&mut self, scanner: &mut Scanner<'_>) -> Step {
+        let [role, content] = pick(scanner, ["role", "content"])?;
         self.string(unquoted(role))?;
         self.content(content, false)
     }
@@ -237,14 +245,14 @@ impl Out<'_, '_> {
     fn content(&mut self, content: &[u8], system: bool) -> Step {
         match content.first() {
             Some(b'"') => self.string(unquoted(content)),
-            Some(b'[') => each(content, |block| self.block(block, system)),
+            Some(b'[') => each(content, |scanner| self.block(scanner, system)),
             _ => Ok(()),
         }
     }
 
-    fn block(&mut self, block: &[u8], system: bool) -> Step {
-        let names = ["type", "text", "image_url", "video_url", "input_audio", "source", "thinking"];
-        let [kind, text, image, video, audio, source, thinking] = pick(block, names)?;
+    fn block(&mut self, scanner: &mut Scanner<'_>, system: bool) -> Step {
+        let [kind, text, image, video, audio, source, thinking, id, name, input, content] =
+            pick(scanner, BLOCK)?;
         match unquoted(kind) {
             b"text" | b"input_text" | b"output_text" => {
                 let text = unquoted(text);
@@ -257,15 +265,11 @@ impl Out<'_, '_> {
             b"image" => self.source(source),
             b"thinking" => self.string(unquoted(thinking)),
             b"tool_use" => {
-                let [id, name, input] = pick(block, ["id", "name", "input"])?;
                 self.string(unquoted(id))?;
                 self.string(unquoted(name))?;
                 self.text(input)
             }
-            b"tool_result" => {
-                let [content] = pick(block, ["content"])?;
-                self.result(content)
-            }
+            b"tool_result" => self.result(content),
             _ => Ok(()),
         }
     }
@@ -276,8 +280,8 @@ impl Out<'_, '_> {
             return self.string(unquoted(content));
         }
         let mut first = true;
-        each(content, |block| {
-            let [kind, text] = pick(block, ["type", "text"])?;
+        each(content, |scanner| {
+            let [kind, text] = pick(scanner, ["type", "text"])?;
             if unquoted(kind) != b"text" {
                 return Ok(());
             }
@@ -286,20 +290,20 @@ impl Out<'_, '_> {
             }
             self.string(unquoted(text))
         })?;
-        each(content, |block| {
-            let [kind, source] = pick(block, ["type", "source"])?;
+        each(content, |scanner| {
+            let [kind, source] = pick(scanner, ["type", "source"])?;
             if unquoted(kind) == b"image" { self.source(source) } else { Ok(()) }
         })
     }
 
     fn asset(&mut self, media: Media, value: &[u8], parts: [&str; 2]) -> Step {
-        let parts = pick(value, parts)?.map(unquoted);
+        let parts = pick(&mut Scanner::new(value), parts)?.map(unquoted);
         self.put(Piece::Media(media, parts))
     }
 
     /// The source of an Anthropic picture: its address, else its data; none of both is no picture.
     fn source(&mut self, source: &[u8]) -> Step {
-        let [url, data] = pick(source, ["url", "data"])?.map(unquoted);
+        let [url, data] = pick(&mut Scanner::new(source), ["url", "data"])?.map(unquoted);
         let picture = if url.is_empty() { data } else { url };
         if picture.is_empty() {
             return Ok(());
@@ -314,28 +318,28 @@ fn unquoted(value: &[u8]) -> &[u8] {
     inside.unwrap_or_default()
 }
 
-/// Calls a function with each element of a list; anything else has none.
-fn each<'a>(list: &'a [u8], mut step: impl FnMut(&'a [u8]) -> Step) -> Step {
+/// Calls a function at each element of a list, which it has to read; anything else has none.
+fn each<'a>(list: &'a [u8], step: impl FnMut(&mut Scanner<'a>) -> Step) -> Step {
     if list.first() != Some(&b'[') {
         return Ok(());
     }
-    Scanner::new(list).items(|scanner| {
-        let value = scanner.value()?;
-        step(scanner.bytes(&value.span))
-    })
+    Scanner::new(list).items(step)
 }
 
-/// The values of these keys of an object, empty for those that it has not; of repeated ones the last.
-/// Anything else has none.
+/// Reads the object at the cursor: the values of these keys, empty for those that it has not; of
+/// repeated ones the last. Anything else has none.
 fn pick<'a, const N: usize>(
-    object: &'a [u8],
+    scanner: &mut Scanner<'a>,
     names: [&str; N],
 ) -> Result<[&'a [u8]; N], JsonError> {
     let mut values: [&[u8]; N] = [b""; N];
-    if object.first() != Some(&b'{') {
-        return Ok(values);
+    match scanner.kind() {
+        Some(Kind::Object) => {}
+        Some(_) => return scanner.value().map(|_| values),
+        // Nothing at all: a value that was not there to be picked.
+        None => return Ok(values),
     }
-    Scanner::new(object).fields(|scanner, key| {
+    scanner.fields(|scanner, key| {
         let name = scanner.unescaped(&key);
         let slot = names.iter().position(|known| name.eq_ignore_ascii_case(known.as_bytes()));
         let value = scanner.value()?;
@@ -346,3 +350,18 @@ fn pick<'a, const N: usize>(
     })?;
     Ok(values)
 }
+
+/// What is read of a block.
+const BLOCK: [&str; 11] = [
+    "type",
+    "text",
+    "image_url",
+    "video_url",
+    "input_audio",
+    "source",
+    "thinking",
+    "id",
+    "name",
+    "input",
+    "content",
+];

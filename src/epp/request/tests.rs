@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::{
     Api, ParseError, Parsed, ParserKind, ParserListError, Parsers, PromptForm, Route,
-    estimate_tokens, fuzz, path, splice_model,
+    estimate_tokens, fuzz, request_path, splice_model,
 };
 use crate::epp::ext_proc::headers::HeaderList;
 
@@ -115,7 +115,7 @@ fn the_path_is_found_in_the_headers() {
         let pairs = pairs
             .iter()
             .map(|(name, value)| ((*name).to_owned(), Bytes::copy_from_slice(value.as_bytes())));
-        assert_eq!(path(&HeaderList::from_pairs(pairs)), want);
+        assert_eq!(request_path(&HeaderList::from_pairs(pairs)), want);
     }
     check(&[], "/v1/completions");
     check(&[("x-forwarded-path", "/f"), ("x-original-path", "/o"), (":path", "/p?q")], "/p");

@@ -144,7 +144,7 @@ proptest! {
     fn strings_unescape_as_elsewhere(text in text()) {
         let quoted = json!(text).to_string();
         let mut got = Vec::new();
-        unescape(&quoted.as_bytes()[1..quoted.len() - 1], &mut |piece| got.extend_from_slice(piece));
+        unescape(&quoted.as_bytes()[1..quoted.len() - 1], |piece| got.extend_from_slice(piece));
         prop_assert_eq!(to_string(&got), text);
     }
 
