@@ -13,7 +13,7 @@
 //! | mode | request | response |
 //! | --- | --- | --- |
 //! | `FULL_DUPLEX_STREAMED`, nothing said, `GRPC` | no reply until the body is whole; then headers, the body in chunks of at most 62 000 bytes, trailers if there were any | headers at once; events chunk by chunk; anything else once it is whole |
-//! | `BUFFERED`, `BUFFERED_PARTIAL` | headers at once and unchanged; the routing is in the reply to the body, which Envoy applies to the headers too | one reply, with a body only if it changed |
+//! | `BUFFERED`, `BUFFERED_PARTIAL` | headers at once, only without what steers; the routing is in the reply to the body, which Envoy applies to the headers too | one reply, with a body only if it changed |
 //! | `STREAMED` | routed by the headers alone (they leave Envoy with their reply); every chunk is answered "unchanged" | one reply per chunk |
 //! | `NONE` | routed by the headers alone | headers only |
 //!

@@ -8,7 +8,7 @@ use prost_types::value::Kind;
 use super::{
     ask::{Ask, ExchangeConfig, Facts, Inbound, Phase, Routed},
     body::{Gather, Pieces, join, length},
-    headers::{HeaderEdits, HeaderList, SIDECAR_HEADERS},
+    headers::{DESTINATION, HeaderEdits, HeaderList, SIDECAR_HEADERS},
     reply::{LB_METADATA, Replies, Side, Sidecar, request_mutation, routing_metadata},
     restore::Restorer,
     usage::UsageScan,
@@ -295,7 +295,9 @@ impl Exchange {
             return Some(Ask::Route(inbound));
         }
         if self.request_mode == Mode::Buffered {
-            replies.unchanged_headers(Side::Request);
+            // What steers must not survive if there turns out to be no body to set it with.
+            let steering = SIDECAR_HEADERS.into_iter().chain([DESTINATION]);
+            replies.kept_headers(steering.filter(|name| headers.has(name)));
         }
         let body = Gather::default();
         self.request = RequestState::Gathering { headers, body, begun: false };

@@ -125,7 +125,7 @@ impl Input<'_> {
 
     fn answer(&mut self, inbound: &Inbound) -> Result<Routed, Refusal> {
         let how = self.next();
-        if how % 8 == 0 {
+        if how.is_multiple_of(8) {
             let refusal = Refusal::new(RefusalCode::ResourceExhausted, "full");
             return Err(refusal.because(DropReason::RejectedSaturated));
         }

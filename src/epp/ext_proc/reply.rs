@@ -84,9 +84,12 @@ impl Replies {
         });
     }
 
-    /// "Go on", with nothing changed.
-    pub(super) fn unchanged_headers(&mut self, side: Side) {
-        self.push_headers(side, CommonResponse::default());
+    /// "Go on" without these, in reply to request headers whose routing is yet to come.
+    pub(super) fn kept_headers(&mut self, without: impl Iterator<Item = &'static str>) {
+        let remove_headers: Vec<String> = without.map(str::to_owned).collect();
+        let header_mutation = (!remove_headers.is_empty())
+            .then(|| HeaderMutation { set_headers: Vec::new(), remove_headers });
+        self.push_headers(Side::Request, CommonResponse { header_mutation, ..Default::default() });
     }
 
     /// Where the request goes, in reply to its headers.

@@ -98,9 +98,7 @@ impl Default for UsageScan {
 impl UsageScan {
     /// What was found so far.
     pub(super) fn usage(&self) -> Option<Usage> {
-        if self.prompt.or(self.completion).or(self.total).is_none() {
-            return None;
-        }
+        self.prompt.or(self.completion).or(self.total)?;
         let (prompt, completion) = (self.prompt.unwrap_or(0), self.completion.unwrap_or(0));
         let total = self.total.unwrap_or(prompt.saturating_add(completion));
         Some(Usage { prompt, completion, total, cached: self.cached })

@@ -173,6 +173,14 @@ fn only_headers_that_change_are_named() {
     check(&talk_1, &[want, "request body `abc` end"]);
     assert_eq!(talk_1.inbound[0].headers.get("x-prefiller-host-port"), Some("6.6.6.6:1"));
 
+    // Buffered: at once, as there may be no body to set the others with.
+    let head = || first(request_headers(&sidecar), Mode::Buffered, Mode::Buffered);
+    let without = "request headers -x-prefiller-host-port -x-encoder-hosts-ports \
+                   -x-data-parallel-host-port -x-gateway-destination-endpoint";
+    let talk_3 = talk(vec![head(), request_trailers()]);
+    let metadata = "{envoy.lb: {x-gateway-destination-endpoint: 192.168.1.2:8000}}";
+    check(&talk_3, &[without, &format!("request trailers {metadata}")]);
+
     // Without a body too.
     let talk_2 = talk(vec![request_headers_only(&sidecar[..1])]);
     let want = "request headers clear x-gateway-destination-endpoint=192.168.1.2:8000 \
