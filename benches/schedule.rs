@@ -64,7 +64,7 @@ fn fleet(count: u32) -> (Vec<Arc<Endpoint>>, Vec<Arc<Metrics>>) {
         let info = EndpointInfo { name, address, metrics_address: address, labels };
         Arc::new(Endpoint::new(EndpointId(at.into()), info))
     };
-    let mut below = |limit: u64| u64::from(random.tokens(1)[0]) % limit;
+    let mut below = |limit: u64| random.next() % limit;
     let metrics = (0..count).map(|_| {
         Arc::new(Metrics {
             waiting: below(20),

@@ -165,8 +165,9 @@ mod tests {
     fn check(params: Value, want: &[usize]) {
         let rig =
             Rig::labelled(&[&[("app", "a"), ("tier", "x")], &[("app", "b")], &[("app", "a")], &[]]);
-        let plugin = build(REGISTRATION, params.clone()).unwrap();
-        assert_eq!(rig.passing(&*plugin), want, "{params}");
+        let text = params.to_string();
+        let plugin = build(REGISTRATION, params).unwrap();
+        assert_eq!(rig.passing(&*plugin), want, "{text}");
     }
 
     fn expression(key: &str, operator: &str, values: &[&str]) -> Value {

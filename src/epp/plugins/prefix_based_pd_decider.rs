@@ -92,7 +92,8 @@ mod tests {
     /// `cached` blocks of 1 token are on the endpoint; `None`: nobody knows.
     #[track_caller]
     fn check(params: Value, tokens: Option<usize>, cached: Option<u32>, want: bool) {
-        let plugin = build(REGISTRATION, params.clone()).unwrap();
+        let text = params.to_string();
+        let plugin = build(REGISTRATION, params).unwrap();
         let mut rig = Rig::new([scraped()]);
         rig.produced.tokens = tokens.map(|tokens| vec![1; tokens].into());
         if let Some(cached) = cached {
@@ -100,7 +101,7 @@ mod tests {
             rig.produced.set_prefix(&DEFAULT_PRODUCER.into(), matches);
         }
         let got = plugin.decider().unwrap().decide(&rig.cycle(), 0);
-        assert_eq!(got, want, "{params}, {tokens:?} tokens, {cached:?} cached");
+        assert_eq!(got, want, "{text}, {tokens:?} tokens, {cached:?} cached");
     }
 
     #[test]

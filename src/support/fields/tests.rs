@@ -113,3 +113,16 @@ fn asked_names_are_known_even_of_absent_mappings() {
     }
     assert_eq!(asked.len(), 11);
 }
+
+#[test]
+fn a_mapping_may_hold_anything() {
+    let reader = Reader::new(Document::parse("known: 1\nother: {deep: 2}\nmore: x\n").unwrap());
+    let root = reader.root();
+    let known: Option<u8> = root.integer("known", 0..=9);
+    root.ignore_rest("has no effect");
+    root.finish();
+    let report = reader.finish();
+    assert_eq!(known, Some(1));
+    assert!(report.faults.is_empty(), "{:?}", report.faults);
+    assert_eq!(report.warnings, ["other: has no effect", "more: has no effect"]);
+}

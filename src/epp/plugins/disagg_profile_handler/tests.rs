@@ -59,7 +59,8 @@ fn check(
     kind: &str,
 ) {
     let mut site = site();
-    let handler = site.build(REGISTRATION, params.clone()).unwrap();
+    let text = params.to_string();
+    let handler = site.build(REGISTRATION, params).unwrap();
     let scheduler = Scheduler::new(configured(&handler), profiles(stages));
     let rig = rig(roles);
     let result = scheduler.schedule(&rig.cycle()).unwrap();
@@ -69,7 +70,7 @@ fn check(
         .iter()
         .map(|(name, run)| (&**name, run.as_ref().map(|run| run.picked[0])))
         .collect();
-    assert_eq!(got, want, "{params} {roles:?}");
+    assert_eq!(got, want, "{text} {roles:?}");
     assert_eq!(result.targets().len(), 1);
     let counted = format!(
         "llm_d_epp_disagg_decision_total{{decision_type=\"{kind}\",model_name=\"model\",\

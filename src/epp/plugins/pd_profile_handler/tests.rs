@@ -47,13 +47,14 @@ fn rig(prompt: &str, cached: Option<u32>) -> Rig {
 #[track_caller]
 fn check(params: Value, length: usize, cached: Option<u32>, want: bool) {
     let mut site = site();
-    let handler = site.build(REGISTRATION, params.clone()).unwrap();
+    let text = params.to_string();
+    let handler = site.build(REGISTRATION, params).unwrap();
     let rig = rig(&"x".repeat(length), cached);
     let scheduler = Scheduler::new(configured(&handler), profiles());
     let result = scheduler.schedule(&rig.cycle()).unwrap();
     assert_eq!((&*result.primary, result.targets()), ("decode", &[0][..]));
     let prefill = result.results.get("prefill").map(|run| &*run.picked);
-    assert_eq!(prefill, want.then_some(&[1][..]), "{params}, {length} bytes, {cached:?} cached");
+    assert_eq!(prefill, want.then_some(&[1][..]), "{text}, {length} bytes, {cached:?} cached");
     let decision = if want { "prefill-decode" } else { "decode-only" };
     let text = encode(&site.registry).unwrap();
     for name in ["llm_d_epp", "llm_d_inference_scheduler"] {
