@@ -74,7 +74,7 @@ impl Served {
     /// Stops, and waits for the end.
     async fn end(self) {
         self.stop.cancel();
-        timeout(PATIENCE, self.running).await.unwrap().unwrap().unwrap();
+        timeout(2 * PATIENCE, self.running).await.unwrap().unwrap().unwrap();
     }
 }
 
@@ -204,6 +204,7 @@ fn a_message_beyond_the_limit_ends_its_stream_alone() {
         // The yardstick takes a faulty message for the end of its stream.
         assert!(timeout(PATIENCE, ended.replies.message()).await.unwrap().unwrap().is_none());
         other.echo(vec![7; 500].into()).await;
+        other.finish().await;
         served.end().await;
     });
 }
