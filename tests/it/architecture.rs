@@ -194,17 +194,32 @@ fn imports_are_read_as_the_compiler_reads_them() {
     assert!(!names_crate("use crate::zmq::Socket; libzmq::x()", "zmq"));
 }
 
+/// How the names of metrics begin: the indexer's, every process's, the endpoint picker's own, and
+/// those that it has from the Go EPP, new and old.
+const PREFIXES: [&str; 8] = [
+    "kv_",
+    "process_",
+    "epp_",
+    "llm_d_epp_",
+    "inference_objective_",
+    "inference_pool_",
+    "inference_extension_",
+    "llm_d_inference_scheduler_",
+];
+
 /// Names of metrics as the sources register them.
 fn registered() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for source in sources() {
         let path = source.path.to_string_lossy().replace('\\', "/");
-        if !path.contains("/metrics") && !path.ends_with("/indexer/run.rs") {
+        let registers = path.contains("/metrics") || path.ends_with("/indexer/run.rs");
+        if !registers || path.ends_with("/tests.rs") {
             continue;
         }
         let code = source.code.split("#[cfg(test)]").next().unwrap_or_default();
         for literal in code.split('"').skip(1).step_by(2).filter(|text| text.chars().all(is_word)) {
-            if literal.starts_with("kv_") || literal.starts_with("process_") {
+            let ours = PREFIXES.iter().any(|prefix| literal.starts_with(prefix));
+            if ours && !literal.ends_with('_') {
                 names.insert(literal.to_owned());
             } else if literal.starts_with("index_") || literal.starts_with("events_") {
                 names.insert(format!("llm_d_epp_kv_cache_{literal}"));
@@ -217,9 +232,8 @@ fn registered() -> BTreeSet<String> {
 /// Names of metrics in docs/metrics.md.
 fn documented(text: &str) -> BTreeSet<String> {
     let words = text.split(|c| !is_word(c));
-    let prefixes = ["kv_", "process_", "llm_d_epp_kv_cache_"];
     let names =
-        words.filter(|word| prefixes.iter().any(|p| word.len() > p.len() && word.starts_with(p)));
+        words.filter(|word| PREFIXES.iter().any(|p| word.len() > p.len() && word.starts_with(p)));
     names.map(|name| name.trim_end_matches("_bucket").to_owned()).collect()
 }
 

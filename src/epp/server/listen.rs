@@ -75,6 +75,12 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 /// Pause after a failed `accept`.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// What a client of HTTP/2 says first.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Pause after a part of [`PREFACE`].
+const PEEK: Duration = Duration::from_millis(10);
+
 /// Accepted connections that wait for their thread.
 const HANDOVER: usize = 64;
 
@@ -350,18 +356,15 @@ impl Serving {
     }
 
     async fn connection<S: Answers>(self, stream: StdTcpStream, service: S, streams: TaskTracker) {
-        let ready = async {
+        let opened = async {
             let stream = TcpStream::from_std(stream)?;
             stream.set_nodelay(true)?;
-            // A peer that says nothing is not waited for.
-            stream.readable().await?;
-            Ok::<_, io::Error>(stream)
-        };
-        let opened = async {
-            let stream = ready.await?;
             match &self.tls {
-                None => Ok((Some(stream), None)),
-                Some(tls) => tls.accept(stream).await.map(|stream| (None, Some(stream))),
+                None => {
+                    preface(&stream).await?;
+                    Ok((Some(stream), None))
+                }
+                Some(tls) => Ok((None, Some(tls.accept(stream).await?))),
             }
         };
         let opened = tokio::select! {
@@ -418,6 +421,25 @@ impl Serving {
         if let Err(error) = result {
             debug!(%error, "A connection ended.");
         }
+    }
+}
+
+/// Waits until the peer has said that it speaks HTTP/2. Nothing is taken from the stream.
+async fn preface(stream: &TcpStream) -> io::Result<()> {
+    let mut seen = [0; PREFACE.len()];
+    loop {
+        let length = stream.peek(&mut seen).await?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if seen[..length] != PREFACE[..length] {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "this is not HTTP/2"));
+        }
+        if length == PREFACE.len() {
+            return Ok(());
+        }
+        // A part of it is there, so the socket is readable: waiting for that would spin.
+        tokio::time::sleep(PEEK).await;
     }
 }
 

@@ -74,7 +74,7 @@ impl Served {
     /// Stops, and waits for the end.
     async fn end(self) {
         self.stop.cancel();
-        timeout(PATIENCE, self.running).await.unwrap().unwrap().unwrap();
+        timeout(2 * PATIENCE, self.running).await.unwrap().unwrap().unwrap();
     }
 }
 
@@ -204,6 +204,7 @@ fn a_message_beyond_the_limit_ends_its_stream_alone() {
         // The yardstick takes a faulty message for the end of its stream.
         assert!(timeout(PATIENCE, ended.replies.message()).await.unwrap().unwrap().is_none());
         other.echo(vec![7; 500].into()).await;
+        other.finish().await;
         served.end().await;
     });
 }
@@ -366,6 +367,19 @@ fn nonsense_ends_its_connection_alone() {
             let mut answer = Vec::new();
             _ = timeout(PATIENCE, peer.read_to_end(&mut answer)).await.unwrap();
         }
+        assert_eq!(served.metrics.failed.get(), 3);
+        // In parts, it is HTTP/2 all the same.
+        let mut peer = TcpStream::connect(served.address).await.unwrap();
+        peer.set_nodelay(true).unwrap();
+        for part in ["PRI * HT", "TP/2.0\r\n\r\n", "SM\r\n\r\n"] {
+            peer.write_all(part.as_bytes()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        // The head of a SETTINGS frame.
+        let mut head = [0; 9];
+        timeout(PATIENCE, peer.read_exact(&mut head)).await.unwrap().unwrap();
+        assert_eq!(head[3], 4);
+        drop(peer);
         exchange.echo("x".into()).await;
         exchange.finish().await;
         served.end().await;

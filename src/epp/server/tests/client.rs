@@ -40,7 +40,7 @@ pub(super) struct Caller {
 
 impl Caller {
     pub(super) async fn plain(address: SocketAddr) -> Self {
-        Self::over(TcpStream::connect(address).await.unwrap()).await
+        Self::over(connect(address).await.unwrap()).await
     }
 
     /// Takes any certificate, and returns it.
@@ -54,7 +54,7 @@ impl Caller {
             .with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
         let name = ServerName::try_from("localhost").unwrap();
-        let stream = TcpStream::connect(address).await?;
+        let stream = connect(address).await?;
         let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
         let connection = stream.get_ref().1;
         assert_eq!(connection.alpn_protocol(), Some(&b"h2"[..]));
@@ -87,6 +87,12 @@ impl tonic::codegen::Service<Request<tonic::body::Body>> for Caller {
     fn call(&mut self, request: Request<tonic::body::Body>) -> Self::Future {
         Box::pin(self.sender.send_request(request))
     }
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 /// Trusts anybody.
