@@ -2,6 +2,7 @@
 //! stream again, event by event and batch by batch, with one of our hashes for each of theirs.
 
 mod inferred;
+mod naive;
 mod recorded;
 mod script;
 
@@ -95,9 +96,10 @@ fn compare(stream: &Stream, played: &[Vec<Event>], minor: u32) -> Result<(), Str
     }
     // The map form has the same fields in the same order, with their hashes in them. (Not the same
     // bytes: 0.33 writes a longer header than a map of this size needs. 0.23 writes the unset width of
-    // the window, which our encoder leaves out.)
+    // the window, which our encoder leaves out.) Of a long stream, a sample.
     if minor >= 24 {
-        for (at, events) in played.iter().enumerate() {
+        let few = played.iter().enumerate().filter(|(at, _)| *at < 100 || at % 16 == 0);
+        for (at, events) in few {
             let payload = payload(stream, at, events, &theirs);
             if value(&payload) != value(&stream.payloads[at]) {
                 return Err(format!("batch {at} is written otherwise"));
