@@ -2,43 +2,11 @@
 
 use std::{io::Read, time::Duration};
 
-use kv_indexer::loadgen::engine::{Engine, EngineHandle, EngineOptions, MetricsFault, Pace};
+use kv_indexer::loadgen::engine::{EngineOptions, MetricsFault, Pace};
 use serde_json::json;
 
-use super::client::{get, post, read, send};
-use crate::support::{eventually, patience};
-
-/// An engine on a runtime of its own.
-struct Running {
-    runtime: tokio::runtime::Runtime,
-    engine: Option<EngineHandle>,
-}
-
-impl Running {
-    fn start(options: EngineOptions) -> Self {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-        let runtime = runtime.unwrap();
-        let engine = Some(runtime.block_on(Engine::start(options)).unwrap());
-        Self { runtime, engine }
-    }
-
-    fn stop(&mut self) {
-        self.runtime.block_on(self.engine.take().unwrap().stop());
-    }
-
-    fn idle(&self) {
-        assert!(self.runtime.block_on(self.wait_idle(patience())), "it never ends");
-    }
-}
-
-impl std::ops::Deref for Running {
-    type Target = EngineHandle;
-
-    fn deref(&self) -> &EngineHandle {
-        self.engine.as_ref().unwrap()
-    }
-}
+use super::client::{Running, get, post, read, send};
+use crate::support::eventually;
 
 fn gauge(page: &str, name: &str) -> Option<f64> {
     let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")))?;
@@ -249,7 +217,7 @@ fn it_starts_again_at_the_same_ports() {
         0 => Err("none".to_owned()),
         _ => Ok(()),
     });
-    engine.runtime.block_on(engine.engine.take().unwrap().kill());
+    engine.kill();
     read(asked).unwrap_err();
     get_refused(http);
 }
