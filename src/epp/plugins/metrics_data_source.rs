@@ -170,11 +170,11 @@ mod tests {
     }
 
     #[track_caller]
-    fn good(text: &str, want: ScrapeConfig) {
+    fn good(text: &str, want: &ScrapeConfig) {
         let (source, report) = parse(text);
         assert_eq!(report.faults, []);
         assert_eq!(report.warnings, [""; 0]);
-        assert_eq!(source.config(MIN_INTERVAL), want);
+        assert_eq!(source.config(MIN_INTERVAL), *want);
     }
 
     #[track_caller]
@@ -191,16 +191,16 @@ mod tests {
     #[test]
     fn parameters_are_read() {
         let default = ScrapeConfig::default();
-        good("{}", default.clone());
-        good("{scheme: http, path: /metrics, insecureSkipVerify: true}", default.clone());
-        good("path: metrics", default.clone());
+        good("{}", &default);
+        good("{scheme: http, path: /metrics, insecureSkipVerify: true}", &default);
+        good("path: metrics", &default);
         good(
             "{path: '/m?name[]=a', port: 9400, interval: 1s}",
-            ScrapeConfig {
+            &ScrapeConfig {
                 path: "/m?name[]=a".to_owned(),
                 port: Some(9400),
                 floor: Duration::from_secs(1),
-                ..default.clone()
+                ..ScrapeConfig::default()
             },
         );
         let tls = |ca: Option<&str>, client: Option<(&str, &str)>| ScrapeConfig {
@@ -210,10 +210,10 @@ mod tests {
             }),
             ..ScrapeConfig::default()
         };
-        good("scheme: https", tls(None, None));
-        good("{scheme: https, caCertPath: ca}", tls(None, None));
-        good("{scheme: https, insecureSkipVerify: false, caCertPath: ca}", tls(Some("ca"), None));
-        good("{scheme: https, clientCertPath: a, clientKeyPath: b}", tls(None, Some(("a", "b"))));
+        good("scheme: https", &tls(None, None));
+        good("{scheme: https, caCertPath: ca}", &tls(None, None));
+        good("{scheme: https, insecureSkipVerify: false, caCertPath: ca}", &tls(Some("ca"), None));
+        good("{scheme: https, clientCertPath: a, clientKeyPath: b}", &tls(None, Some(("a", "b"))));
         assert_eq!(parse("{clientCertPath: a}").1.warnings.len(), 1);
     }
 

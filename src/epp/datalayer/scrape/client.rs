@@ -5,7 +5,7 @@ use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::atomic::Ordering,
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{
     Request, StatusCode, Uri,
-    body::Bytes,
+    body::{Body as _, Bytes},
     client::conn::http1::{self, SendRequest},
     header::{ACCEPT, HOST},
 };
@@ -153,7 +153,7 @@ impl Client {
             }
             self.connected = None;
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     async fn connect(&mut self) -> Result<Connected, PollError> {
@@ -204,6 +204,9 @@ impl Connected {
                 return Err(Failure::Answered(PollError::Status(status)));
             }
             let mut body = response.into_body();
+            if body.size_hint().lower() > MAX_PAGE as u64 {
+                return Err(Failure::Answered(PollError::TooLong));
+            }
             let mut total = 0;
             while let Some(frame) = body.frame().await {
                 let frame = frame.map_err(|error| Failure::Answered(error.into()))?;

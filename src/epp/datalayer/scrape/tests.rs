@@ -288,6 +288,19 @@ async fn faults_are_counted_and_the_last_values_stay() {
 }
 
 #[tokio::test]
+async fn a_page_without_end_is_given_up() {
+    let mut tasks = JoinSet::new();
+    let mut endless = b"HTTP/1.1 200 OK\r\n\r\n".to_vec();
+    endless.resize(9_000_000, b'\n');
+    let server = Server::start(&mut tasks, Reply::Raw(endless)).await;
+    let config = ScrapeConfig { timeout: Duration::from_secs(30), ..fast() };
+    let running = start(config, &[server.address]);
+    eventually("given up", || running.errors("too_long") > 0).await;
+    assert!(!running.metrics().is_known());
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn a_server_may_be_started_again() {
     let mut tasks = JoinSet::new();
     let server = Server::start(&mut tasks, Reply::Page(page(1))).await;
