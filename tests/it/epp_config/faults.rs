@@ -52,9 +52,9 @@ fn the_envelope_is_strict() {
     check(
         "schedulingProfiles: [{name: p, plugins: [{ref: x, pluginRef: y}]}]\n",
         &[
+            "line 1: schedulingProfiles[0].plugins[0].ref: unknown field",
             "line 1: schedulingProfiles[0].plugins[0].pluginRef: schedulingProfiles[p] references \
              undefined plugin 'y'",
-            "line 1: schedulingProfiles[0].plugins[0].ref: unknown field",
         ],
     );
     check(
@@ -62,7 +62,7 @@ fn the_envelope_is_strict() {
         &[
             "line 1: dataLayer.sorces: unknown field; did you mean `sources`?",
             "line 1: dataLayer.discovery.pluginRef: missing 'pluginRef'",
-            "line 1: dataLayer.discovery.ref: unknown field here; it belongs at `parser.pluginRef`",
+            "line 1: dataLayer.discovery.ref: unknown field",
         ],
     );
     check(
