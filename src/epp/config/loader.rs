@@ -166,10 +166,13 @@ pub fn load(text: &str, parts: &Parts<'_>) -> Result<Loaded, Vec<Fault>> {
         .iter()
         .map(|(type_name, value)| (*type_name, Reader::new(Document::from(value.clone()))))
         .collect();
+    // Apart, so that the fields of plugins that nobody configured suggest nothing.
+    let added = Reader::new(Document::default());
     let config = EndpointPickerConfig::read(&reader);
     let loader = Loader {
         parts,
         reader: &reader,
+        added: &added,
         flags: &flags,
         slots: RefCell::default(),
         chain: RefCell::default(),
@@ -182,6 +185,7 @@ pub fn load(text: &str, parts: &Parts<'_>) -> Result<Loaded, Vec<Fault>> {
 
     let report = reader.finish();
     let mut faults = report.faults;
+    faults.extend(added.finish().faults);
     for fault in &mut faults {
         name_plugin(fault, &owners);
     }
@@ -247,6 +251,8 @@ enum Stage {
 struct Loader<'r> {
     parts: &'r Parts<'r>,
     reader: &'r Reader,
+    /// Of plugins that are added.
+    added: &'r Reader,
     flags: &'r [(&'r str, Reader)],
     /// Grows while plugins are built; never borrowed while a factory runs.
     slots: RefCell<Vec<Slot<'r>>>,
@@ -503,7 +509,7 @@ impl<'r> Loader<'r> {
     fn add(&self, type_name: &str, at: &str, why: &str) -> Option<usize> {
         let registration = self.usable(type_name, type_name, why, at)?;
         let by_flags = self.by_flags(registration.type_name);
-        let parameters = by_flags.unwrap_or_else(|| self.reader.absent(type_name));
+        let parameters = by_flags.unwrap_or_else(|| self.added.absent(type_name));
         let mut slots = self.slots.borrow_mut();
         slots.push(Slot {
             name: type_name.into(),
@@ -806,7 +812,7 @@ impl<'r> Loader<'r> {
             let mut extractors = Vec::new();
             for Reference { at, name } in &spec.extractors {
                 match self.get(name) {
-                    Found::Plugin(plugin) => extractors.push(plugin),
+                    Found::Plugin(plugin) => extractors.push((at, plugin)),
                     Found::Failed => {}
                     Found::Undefined => {
                         let text =
@@ -820,12 +826,13 @@ impl<'r> Loader<'r> {
                 continue;
             }
             given = true;
-            for (extractor, reference) in extractors.iter().zip(&spec.extractors) {
+            for (at, extractor) in &extractors {
                 if extractor.plugin.type_name() != METRICS_EXTRACTOR {
                     let text = format!("the plugin {} does not read metrics", extractor.name);
-                    self.reader.fault(&reference.at, text);
+                    self.reader.fault(*at, text);
                 }
             }
+            let extractors = extractors.into_iter().map(|(_, extractor)| extractor).collect();
             found.push(MetricsSource { source, extractors });
         }
         if !given {

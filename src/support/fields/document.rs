@@ -144,9 +144,14 @@ impl<'de> Visitor<'de> for Node<'_> {
         let mut list = Vec::new();
         loop {
             let path = format!("{}[{}]", self.path, list.len());
-            match items.next_element_seed(Node { path, places: self.places })? {
-                Some(value) => list.push(value),
-                None => return Ok(Value::Array(list)),
+            let node = Node { path: path.clone(), places: self.places };
+            let Some(value) = items.next_element_seed(node)? else { return Ok(Value::Array(list)) };
+            list.push(value);
+            // An element without entries of its own counts as being where its list is.
+            let mut places = self.places.borrow_mut();
+            if let Some(line) = places.get(&self.path).map(|place| place.line) {
+                let order = places.len();
+                places.entry(path).or_insert(Place { order, line });
             }
         }
     }
@@ -207,6 +212,12 @@ mod tests {
         let order = |path: &str| document.places[path].order;
         assert!(order("b") < order("b.c") && order("b.c") < order("a"));
         assert!(order("a") < order("a[0].z") && order("a[0].z") < order("a[0].y"));
+
+        let document = Document::parse("a:\n- x\n- {}\n- b: 1\n").unwrap();
+        let (line, order) =
+            (|path: &str| document.places[path].line, |path: &str| document.places[path].order);
+        assert_eq!((line("a[0]"), line("a[1]"), line("a[2]")), (1, 1, 4));
+        assert!(order("a[0]") < order("a[1]") && order("a[1]") < order("a[2]"));
     }
 
     #[test]
