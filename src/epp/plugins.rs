@@ -12,6 +12,15 @@ use crate::{
     support::fields::Fields,
 };
 
+pub mod active_request_scorer;
+pub mod approx_prefix_cache_producer;
+pub mod inflight_load_producer;
+mod lives;
+pub mod precise_prefix_cache_scorer;
+pub mod prefix;
+pub mod prefix_cache_scorer;
+pub mod token_load_scorer;
+
 /// What a factory can reach besides its own parameters.
 pub trait Building {
     /// The configured name of the plugin that is being built.
