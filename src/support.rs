@@ -11,4 +11,5 @@ pub mod signal;
 pub mod sync;
 pub mod task;
 pub mod telemetry;
+pub mod units;
 pub mod watched;

@@ -3,7 +3,38 @@
 //! A factory reads its parameters with [`Fields`], which collects every fault with its path and
 //! refuses unknown names; it gets other plugins and shared parts from [`Building`].
 
+pub mod active_request_scorer;
+pub mod always_disagg_pd_decider;
+pub mod approx_prefix_cache_producer;
+pub mod by_label_filter;
+pub mod core_metrics_extractor;
+pub mod decode_filter;
+pub mod disagg_profile_handler;
+pub mod encode_filter;
+pub mod file_discovery;
+pub mod inflight_load_producer;
+pub mod kv_cache_utilization_scorer;
+mod lives;
+pub mod load_aware_scorer;
+pub mod lora_affinity_scorer;
+pub mod max_score_picker;
+pub mod metrics_data_source;
+pub mod pd_profile_handler;
+pub mod precise_prefix_cache_scorer;
+pub mod prefill_filter;
+pub mod prefill_header_handler;
+pub mod prefix;
+pub mod prefix_based_pd_decider;
+pub mod prefix_cache_scorer;
+pub mod queue_scorer;
+pub mod random_picker;
 mod registry;
+mod role;
+pub mod running_requests_size_scorer;
+pub mod single_profile_handler;
+pub mod token_load_scorer;
+pub mod utilization_detector;
+pub mod weighted_random_picker;
 
 use std::{fmt, sync::Arc};
 
@@ -13,30 +44,6 @@ use crate::{
     epp::{datalayer::Endpoints, scheduling::Plugin},
     support::fields::Fields,
 };
-
-pub mod always_disagg_pd_decider;
-pub mod by_label_filter;
-pub mod core_metrics_extractor;
-pub mod decode_filter;
-pub mod disagg_profile_handler;
-pub mod encode_filter;
-pub mod file_discovery;
-pub mod kv_cache_utilization_scorer;
-pub mod load_aware_scorer;
-pub mod lora_affinity_scorer;
-pub mod max_score_picker;
-pub mod metrics_data_source;
-pub mod pd_profile_handler;
-pub mod prefill_filter;
-pub mod prefill_header_handler;
-pub mod prefix_based_pd_decider;
-pub mod queue_scorer;
-pub mod random_picker;
-mod role;
-pub mod running_requests_size_scorer;
-pub mod single_profile_handler;
-pub mod utilization_detector;
-pub mod weighted_random_picker;
 
 pub(crate) use self::registry::deprecation;
 pub use self::registry::{PluginTypes, types};

@@ -23,7 +23,6 @@ mod json;
 mod keys;
 mod pods;
 mod storage;
-mod units;
 
 use std::{
     collections::BTreeSet,
@@ -39,6 +38,7 @@ use crate::{
     support::{
         fields::{Document, Fault, Fields, Reader, Report, set},
         telemetry::{self, LogFormat},
+        units,
     },
 };
 

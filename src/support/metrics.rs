@@ -5,6 +5,7 @@
 //! exist (or a file of it cannot be read) the metric is absent.
 
 use std::{
+    any::Any,
     fs,
     sync::{Mutex, PoisonError},
     time::Duration,
@@ -15,6 +16,8 @@ use prometheus::{
     core::{Collector, Desc},
     proto::MetricFamily,
 };
+
+use crate::support::sync::lock;
 
 /// Clock ticks per second in `/proc`: `USER_HZ`, 100 on every architecture that Rust's std
 /// supports on Linux. Asking `sysconf` would need unsafe code.
@@ -45,6 +48,32 @@ pub fn add<C: Collector + Clone + 'static>(
 ) -> prometheus::Result<C> {
     registry.register(Box::new(metric.clone()))?;
     Ok(metric)
+}
+
+/// Registers a metric that several parts of a process feed: whoever asks for it again gets a handle to
+/// the first one. A metric is the same if its name and its constant labels are.
+///
+/// # Errors
+///
+/// When the registry has a metric of that name with other labels or of another type.
+pub fn family<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    metric: C,
+) -> prometheus::Result<C> {
+    /// A registry cannot be asked for what it holds, so the handles are kept here.
+    static HANDLES: Mutex<Vec<(u64, Box<dyn Any + Send>)>> = Mutex::new(Vec::new());
+    let id = metric.desc().first().map_or(0, |desc| desc.id);
+    let mut handles = lock(&HANDLES);
+    let known = handles.iter().filter(|(known, _)| *known == id);
+    let known = known.filter_map(|(_, handle)| handle.downcast_ref::<C>()).next().cloned();
+    let handle = known.unwrap_or_else(|| {
+        handles.push((id, Box::new(metric.clone())));
+        metric
+    });
+    match registry.register(Box::new(handle.clone())) {
+        Ok(()) | Err(prometheus::Error::AlreadyReg) => Ok(handle),
+        Err(error) => Err(error),
+    }
 }
 
 /// Registers `name`, a gauge that is always 1 and whose labels say what was built: `version` and
@@ -247,6 +276,28 @@ mod tests {
             Usage::parse("42 (x", "VmRSS:\n", "Max open files\n", "btime"),
             Usage::default()
         );
+    }
+
+    #[test]
+    fn a_family_is_shared_by_all_who_register_it() {
+        let registry = Registry::new();
+        let gauge = || IntGauge::new("family_test_shared", "A gauge.").unwrap();
+        family(&registry, gauge()).unwrap().add(2);
+        family(&registry, gauge()).unwrap().add(3);
+        let text = encode(&registry).unwrap();
+        assert!(text.contains("\nfamily_test_shared 5\n"), "{text}");
+        let labelled = |part: &str| {
+            let opts = Opts::new("family_test_parts", "Parts.").const_label("part", part);
+            family(&registry, IntGauge::with_opts(opts).unwrap()).unwrap()
+        };
+        labelled("a").set(1);
+        labelled("b").set(2);
+        labelled("a").add(10);
+        let text = encode(&registry).unwrap();
+        assert!(text.contains("family_test_parts{part=\"a\"} 11\n"), "{text}");
+        assert!(text.contains("family_test_parts{part=\"b\"} 2\n"), "{text}");
+        let other = Gauge::new("family_test_parts", "Parts.").unwrap();
+        assert!(family(&registry, other).is_err());
     }
 
     #[test]

@@ -12,13 +12,14 @@ use std::sync::Arc;
 use crate::{
     epp::{
         plugins::{
-            Building, Registration, Stability, always_disagg_pd_decider, by_label_filter,
-            core_metrics_extractor, decode_filter, disagg_profile_handler, encode_filter,
-            file_discovery, kv_cache_utilization_scorer, load_aware_scorer, lora_affinity_scorer,
-            max_score_picker, metrics_data_source, pd_profile_handler, prefill_filter,
-            prefill_header_handler, prefix_based_pd_decider, queue_scorer, random_picker,
-            running_requests_size_scorer, single_profile_handler, utilization_detector,
-            weighted_random_picker,
+            Building, Registration, Stability, active_request_scorer, always_disagg_pd_decider,
+            approx_prefix_cache_producer, by_label_filter, core_metrics_extractor, decode_filter,
+            disagg_profile_handler, encode_filter, file_discovery, inflight_load_producer,
+            kv_cache_utilization_scorer, load_aware_scorer, lora_affinity_scorer, max_score_picker,
+            metrics_data_source, pd_profile_handler, precise_prefix_cache_scorer, prefill_filter,
+            prefill_header_handler, prefix_based_pd_decider, prefix_cache_scorer, queue_scorer,
+            random_picker, running_requests_size_scorer, single_profile_handler, token_load_scorer,
+            utilization_detector, weighted_random_picker,
         },
         scheduling::Plugin,
     },
@@ -151,10 +152,10 @@ fn built() -> Vec<Registration> {
         queue_scorer::REGISTRATION,
         running_requests_size_scorer::REGISTRATION,
         load_aware_scorer::REGISTRATION,
-        later("active-request-scorer"),
-        later("token-load-scorer"),
-        later("prefix-cache-scorer"),
-        later("precise-prefix-cache-scorer"),
+        active_request_scorer::REGISTRATION,
+        token_load_scorer::REGISTRATION,
+        prefix_cache_scorer::REGISTRATION,
+        precise_prefix_cache_scorer::REGISTRATION,
         lora_affinity_scorer::REGISTRATION,
         // Pickers.
         max_score_picker::REGISTRATION,
@@ -168,8 +169,8 @@ fn built() -> Vec<Registration> {
         prefix_based_pd_decider::REGISTRATION,
         prefill_header_handler::REGISTRATION,
         // Producers.
-        later("approx-prefix-cache-producer"),
-        later("inflight-load-producer"),
+        approx_prefix_cache_producer::REGISTRATION,
+        inflight_load_producer::REGISTRATION,
         // Data layer.
         file_discovery::REGISTRATION,
         metrics_data_source::REGISTRATION,

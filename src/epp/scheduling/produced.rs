@@ -1,6 +1,6 @@
 //! What data producers say about one request, and the keys under which it is found.
 
-use std::sync::Arc;
+use std::{any::Any, sync::Arc};
 
 /// A kind of data that one plugin writes and others read, for ordering producers and finding missing
 /// ones.
@@ -19,7 +19,7 @@ pub enum DataKey {
 pub struct PrefixMatches {
     /// Blocks of the prompt.
     pub total: u32,
-    /// Unit of one block: tokens, or bytes of the prompt, as the producer counts.
+    /// Tokens per block. Producers that count bytes take four of them for a token.
     pub block: u32,
     /// Blocks that each candidate holds, by index into the cycle's endpoints.
     pub matched: Vec<u32>,
@@ -32,6 +32,8 @@ pub struct InFlight {
     pub requests: Vec<u64>,
     /// Tokens of these requests that had to be computed.
     pub tokens: Vec<u64>,
+    /// Tokens that this request would add.
+    pub request_tokens: Vec<u64>,
 }
 
 /// All that is known of one request before scheduling.
@@ -41,6 +43,7 @@ pub struct Produced {
     pub tokens: Option<Arc<[u32]>>,
     prefix: Vec<(Arc<str>, PrefixMatches)>,
     in_flight: Vec<(Arc<str>, InFlight)>,
+    kept: Vec<(Arc<str>, Box<dyn Any + Send + Sync>)>,
 }
 
 impl Produced {
@@ -72,5 +75,17 @@ impl Produced {
     pub fn set_in_flight(&mut self, producer: &Arc<str>, load: InFlight) {
         self.in_flight.retain(|(name, _)| name != producer);
         self.in_flight.push((Arc::clone(producer), load));
+    }
+
+    /// Keeps what a producer wants to find again when the request has been routed.
+    pub fn keep<T: Any + Send + Sync>(&mut self, producer: &Arc<str>, value: T) {
+        self.kept.push((Arc::clone(producer), Box::new(value)));
+    }
+
+    /// What the producer of this name kept last, of this type.
+    #[must_use]
+    pub fn kept<T: Any>(&self, producer: &str) -> Option<&T> {
+        let mut own = self.kept.iter().rev().filter(|(name, _)| **name == *producer);
+        own.find_map(|(_, value)| value.downcast_ref())
     }
 }

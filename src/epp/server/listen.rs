@@ -47,7 +47,7 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 
@@ -307,6 +307,12 @@ async fn accept(
     }
 }
 
+/// A connection that can begin with HTTP/2.
+enum Opened {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
 /// What a thread needs to serve its connections.
 #[derive(Clone)]
 struct Serving {
@@ -362,9 +368,9 @@ impl Serving {
             match &self.tls {
                 None => {
                     preface(&stream).await?;
-                    Ok((Some(stream), None))
+                    Ok::<_, io::Error>(Opened::Plain(stream))
                 }
-                Some(tls) => Ok((None, Some(tls.accept(stream).await?))),
+                Some(tls) => Ok(Opened::Tls(Box::new(tls.accept(stream).await?))),
             }
         };
         let opened = tokio::select! {
@@ -373,9 +379,8 @@ impl Serving {
             opened = timeout(self.handshake_timeout, opened) => opened,
         };
         match opened {
-            Ok(Ok((Some(plain), _))) => self.http2(plain, service, streams).await,
-            Ok(Ok((None, Some(tls)))) => self.http2(*Box::new(tls), service, streams).await,
-            Ok(Ok((None, None))) => {}
+            Ok(Ok(Opened::Plain(stream))) => self.http2(stream, service, streams).await,
+            Ok(Ok(Opened::Tls(stream))) => self.http2(stream, service, streams).await,
             Ok(Err(error)) => {
                 self.metrics.failed.inc();
                 debug!(%error, "A connection ended before HTTP/2 began.");

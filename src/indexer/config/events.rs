@@ -1,9 +1,12 @@
 //! `kvEventsConfig`: how streams are received, ordered, repaired and queued.
 
-use super::{HOUR_MS, IndexerConfig, pods::quoted, units};
+use super::{HOUR_MS, IndexerConfig, pods::quoted};
 use crate::{
     ingest::discovery::EndpointUse,
-    support::fields::{Fields, set},
+    support::{
+        fields::{Fields, set},
+        units,
+    },
 };
 
 /// Engines whose streams are understood; empty: told by content.

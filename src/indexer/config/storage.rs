@@ -2,10 +2,13 @@
 
 use serde_json::Value;
 
-use super::{GIVEN_TWICE, IndexerConfig, units};
+use super::{GIVEN_TWICE, IndexerConfig};
 use crate::{
     model::TierTable,
-    support::fields::{Fields, set},
+    support::{
+        fields::{Fields, set},
+        units,
+    },
 };
 
 /// Bytes per key by which llm-d's capacity in keys becomes ours in bytes: what an entry of this

@@ -17,8 +17,9 @@ const SIZE_UNITS: [(&str, u64); 7] = [
     ("e", 1_000_000_000_000_000_000),
 ];
 
-/// A number of bytes: an integer, or a text such as `2GiB`, `500 MB`, `1.5g`.
-pub(super) fn bytes<T: TryFrom<u64>>(
+/// A number of bytes: an integer, or a text such as `2GiB`, `500 MB`, `1.5g`; a fault at the field if it
+/// is neither or not in `range`.
+pub fn bytes<T: TryFrom<u64>>(
     fields: &Fields<'_>,
     name: &'static str,
     range: RangeInclusive<u64>,
@@ -30,7 +31,11 @@ pub(super) fn bytes<T: TryFrom<u64>>(
 }
 
 /// Parses a size in bytes the way go-humanize's `ParseBytes` does, fractions of a byte cut off.
-pub(super) fn parse_size(text: &str) -> Result<u64, String> {
+///
+/// # Errors
+///
+/// In words, when `text` is no size or more than 64 bits hold.
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || {
         format!(
             "{text:?} is no size; write a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
@@ -52,7 +57,11 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// Parses a Go duration such as `2s`, `1m0s`, `1.5h`, `-300ms`; a negative one is zero.
-pub(super) fn parse_go_duration(text: &str) -> Result<Duration, String> {
+///
+/// # Errors
+///
+/// In words, when `text` is no duration or too long.
+pub fn parse_go_duration(text: &str) -> Result<Duration, String> {
     const UNITS: [(&str, f64); 8] = [
         ("ns", 1e-9),
         ("us", 1e-6),
