@@ -12,6 +12,7 @@ mod config;
 mod differential;
 mod discovery;
 mod engine;
+mod epp;
 mod epp_config;
 mod ingest;
 mod replay_tool;

@@ -80,23 +80,27 @@ impl Envoy {
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/envoy").join(name);
         let text = fs::read_to_string(&shipped).unwrap();
         let pods_file = folder.path().join("pods.yaml");
-        let config = replaced(&text, &[
-            ("address: 0.0.0.0, port_value: 8081", "address: 127.0.0.1, port_value: 0"),
-            ("port_value: 19000", "port_value: 0"),
-            ("port_value: 9002", &format!("port_value: {}", epp.port())),
-        ]);
+        let config = replaced(
+            &text,
+            &[
+                ("address: 0.0.0.0, port_value: 8081", "address: 127.0.0.1, port_value: 0"),
+                ("port_value: 19000", "port_value: 0"),
+                ("port_value: 9002", &format!("port_value: {}", epp.port())),
+            ],
+        );
         let config = config.replace("deploy/envoy/pods.yaml", pods_file.to_str().unwrap());
         let path = folder.path().join("envoy.yaml");
         fs::write(&path, config).unwrap();
         write_pods(&pods_file, pods);
         let admin_file = folder.path().join("admin");
         let mut command = Command::new(envoy_binary());
-        command
-            .arg("-c")
-            .arg(&path)
-            .arg("--admin-address-path")
-            .arg(&admin_file)
-            .args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warn"]);
+        command.arg("-c").arg(&path).arg("--admin-address-path").arg(&admin_file).args([
+            "--use-dynamic-base-id",
+            "--concurrency",
+            "1",
+            "--log-level",
+            "warn",
+        ]);
         let program = Program::start("envoy", command);
         let admin = eventually("envoy's admin address", || {
             let text = fs::read_to_string(&admin_file).map_err(|error| error.to_string())?;
