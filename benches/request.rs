@@ -44,7 +44,7 @@ fn completions(bytes: usize) -> Bytes {
 fn chat(bytes: usize, messages: usize) -> Bytes {
     let content = text(bytes / messages);
     let message = |at: usize| {
-        let role = if at % 2 == 0 { "user" } else { "assistant" };
+        let role = if at.is_multiple_of(2) { "user" } else { "assistant" };
         format!(r#"{{"role":"{role}","content":"{content}"}}"#)
     };
     let messages: Vec<String> = (0..messages).map(message).collect();

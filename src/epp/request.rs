@@ -11,6 +11,7 @@
 //! | --- | --- |
 //! | `parsers` | path → API; the errors |
 //! | `fields` | which fields matter to which API |
+//! | `shapes` | the shapes of Go's structs, and whether a value has one |
 //! | `json` | the scanner, with the verdicts of Go's `encoding/json` |
 //! | `read` | the prompt as text, bytes or token ids |
 //! | `estimate` | the prompt as pseudo tokens, without a tokenizer |
@@ -41,6 +42,7 @@ mod image;
 mod json;
 mod parsers;
 mod read;
+mod shapes;
 mod splice;
 #[cfg(test)]
 mod tests;

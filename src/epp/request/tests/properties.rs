@@ -157,6 +157,22 @@ proptest! {
         prop_assert_eq!(scanner.text().unwrap().span, 1..1 + before.len());
     }
 
+    /// Numbers read by the word, whatever follows them.
+    #[test]
+    fn digits_are_read(number in "[0-9]{0,9}", after in "[,\\]\\.eE -~]{0,9}") {
+        let text = format!("{number}{after}");
+        let end = text.bytes().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len());
+        let plain = (1..8).contains(&end) && (end == 1 || !text.starts_with('0'));
+        let want = match text.as_bytes().get(end) {
+            Some(b'.' | b'e' | b'E') => None,
+            _ if plain && text.len() >= 8 => text[..end].parse().ok(),
+            _ => None,
+        };
+        let mut scanner = Scanner::new(text.as_bytes());
+        prop_assert_eq!(scanner.digits(), want);
+        prop_assert_eq!(scanner.at(), if want.is_some() { end } else { 0 });
+    }
+
     #[test]
     fn any_bytes_hold(data in prop::collection::vec(any::<u8>(), 0..200)) {
         fuzz::body_is_total(&data);
