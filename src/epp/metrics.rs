@@ -8,8 +8,11 @@
 //!
 //! # Cost
 //!
-//! A request looks its row up once ([`EppMetrics::request`], some 50 ns) and keeps the handle; what it
-//! does with that is additions to atomics. Timers of plugins are resolved at setup.
+//! A request looks its row up once ([`EppMetrics::request`]) and keeps the handle; what it does with
+//! that is additions to atomics. Timers of plugins are resolved at setup. On two shared cores at 200
+//! models: 245 ns for the lookup, 70 for [`RequestMetrics::routed`], 165 for
+//! [`RequestMetrics::finished`] with all its histograms, 13 for a chunk of a stream; one observation
+//! by label of the prometheus crate's `HistogramVec` took 375 there.
 
 use std::{
     sync::{

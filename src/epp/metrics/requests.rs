@@ -639,8 +639,10 @@ impl Requests {
                     continue;
                 }
                 series.push(family.series(&row.values(), counts.to_proto()));
-                let models = [&*row.labels.model, &*row.labels.target];
-                histogram(row).add_to(sums.entry(models).or_default());
+                if old_names && old.is_some() {
+                    let models = [&*row.labels.model, &*row.labels.target];
+                    histogram(row).add_to(sums.entry(models).or_default());
+                }
             }
             into.push(family.with(series));
             if let Some(old) = old.filter(|_| old_names) {

@@ -47,7 +47,7 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 
@@ -74,6 +74,12 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 
 /// Pause after a failed `accept`.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// What a client of HTTP/2 says first.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Pause after a part of [`PREFACE`].
+const PEEK: Duration = Duration::from_millis(10);
 
 /// Accepted connections that wait for their thread.
 const HANDOVER: usize = 64;
@@ -301,6 +307,12 @@ async fn accept(
     }
 }
 
+/// A connection that can begin with HTTP/2.
+enum Opened {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
 /// What a thread needs to serve its connections.
 #[derive(Clone)]
 struct Serving {
@@ -350,18 +362,15 @@ impl Serving {
     }
 
     async fn connection<S: Answers>(self, stream: StdTcpStream, service: S, streams: TaskTracker) {
-        let ready = async {
+        let opened = async {
             let stream = TcpStream::from_std(stream)?;
             stream.set_nodelay(true)?;
-            // A peer that says nothing is not waited for.
-            stream.readable().await?;
-            Ok::<_, io::Error>(stream)
-        };
-        let opened = async {
-            let stream = ready.await?;
             match &self.tls {
-                None => Ok((Some(stream), None)),
-                Some(tls) => tls.accept(stream).await.map(|stream| (None, Some(stream))),
+                None => {
+                    preface(&stream).await?;
+                    Ok::<_, io::Error>(Opened::Plain(stream))
+                }
+                Some(tls) => Ok(Opened::Tls(Box::new(tls.accept(stream).await?))),
             }
         };
         let opened = tokio::select! {
@@ -370,9 +379,8 @@ impl Serving {
             opened = timeout(self.handshake_timeout, opened) => opened,
         };
         match opened {
-            Ok(Ok((Some(plain), _))) => self.http2(plain, service, streams).await,
-            Ok(Ok((None, Some(tls)))) => self.http2(*Box::new(tls), service, streams).await,
-            Ok(Ok((None, None))) => {}
+            Ok(Ok(Opened::Plain(stream))) => self.http2(stream, service, streams).await,
+            Ok(Ok(Opened::Tls(stream))) => self.http2(stream, service, streams).await,
             Ok(Err(error)) => {
                 self.metrics.failed.inc();
                 debug!(%error, "A connection ended before HTTP/2 began.");
@@ -418,6 +426,25 @@ impl Serving {
         if let Err(error) = result {
             debug!(%error, "A connection ended.");
         }
+    }
+}
+
+/// Waits until the peer has said that it speaks HTTP/2. Nothing is taken from the stream.
+async fn preface(stream: &TcpStream) -> io::Result<()> {
+    let mut seen = [0; PREFACE.len()];
+    loop {
+        let length = stream.peek(&mut seen).await?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if seen[..length] != PREFACE[..length] {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "this is not HTTP/2"));
+        }
+        if length == PREFACE.len() {
+            return Ok(());
+        }
+        // A part of it is there, so the socket is readable: waiting for that would spin.
+        tokio::time::sleep(PEEK).await;
     }
 }
 

@@ -367,6 +367,19 @@ fn nonsense_ends_its_connection_alone() {
             let mut answer = Vec::new();
             _ = timeout(PATIENCE, peer.read_to_end(&mut answer)).await.unwrap();
         }
+        assert_eq!(served.metrics.failed.get(), 3);
+        // In parts, it is HTTP/2 all the same.
+        let mut peer = TcpStream::connect(served.address).await.unwrap();
+        peer.set_nodelay(true).unwrap();
+        for part in ["PRI * HT", "TP/2.0\r\n\r\n", "SM\r\n\r\n"] {
+            peer.write_all(part.as_bytes()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        // The head of a SETTINGS frame.
+        let mut head = [0; 9];
+        timeout(PATIENCE, peer.read_exact(&mut head)).await.unwrap().unwrap();
+        assert_eq!(head[3], 4);
+        drop(peer);
         exchange.echo("x".into()).await;
         exchange.finish().await;
         served.end().await;
