@@ -13,7 +13,7 @@
 //!
 //! Connections beyond [`ServerOptions::connections`] are closed at once and counted; streams are
 //! bounded for each connection. What a peer may have sent and we have not read is bounded by HTTP/2's
-//! windows: [`CONNECTION_WINDOW`] for a connection.
+//! windows: 16 MiB for a connection.
 //!
 //! # Failure
 //!
