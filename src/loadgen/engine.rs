@@ -356,7 +356,7 @@ impl EngineHandle {
     /// Forgets what is cached on every rank, as `POST /reset_prefix_cache`. `false` if one has blocks
     /// in use.
     pub fn reset_prefix_cache(&self) -> bool {
-        self.ranks.iter().fold(true, |all, rank| rank.reset_cache() && all)
+        reset_all(&self.ranks)
     }
 
     /// Shows a fixed load on the metrics page, on every rank, until [`unpin_load`](Self::unpin_load).
@@ -446,6 +446,12 @@ impl Drop for EngineHandle {
             rank.stop();
         }
     }
+}
+
+/// Resets every rank's cache, also behind one that cannot; tells whether all could.
+fn reset_all(ranks: &[Arc<Rank>]) -> bool {
+    let kept = ranks.iter().filter(|rank| !rank.reset_cache()).count();
+    kept == 0
 }
 
 /// Looks until `done`, at most `timeout`.

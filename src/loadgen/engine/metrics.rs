@@ -87,6 +87,9 @@ pub(super) struct RankPage {
     pub(super) loras: [Vec<String>; 2],
 }
 
+/// One of a rank's histograms.
+type OfRank<'a> = &'a dyn Fn(&RankPage) -> &Histogram;
+
 /// What does not change.
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
@@ -139,7 +142,7 @@ pub(super) fn page(facts: &Facts, ranks: &[RankPage], now: f64) -> String {
         let (labels, value) = (labels(rank), it.totals.finished as f64);
         line(&mut page, format_args!("{name}{{{labels},finished_reason=\"length\"}} {value:?}"));
     }
-    let histograms: [(&str, &dyn Fn(&RankPage) -> &Histogram); 2] = [
+    let histograms: [(&str, OfRank<'_>); 2] = [
         ("vllm:time_to_first_token_seconds", &|it| &it.latencies.ttft),
         ("vllm:e2e_request_latency_seconds", &|it| &it.latencies.e2e),
     ];

@@ -56,7 +56,7 @@ use super::{
     EngineOptions,
     metrics::{self, Load},
     rank::{Rank, Refusal},
-    scheduler,
+    reset_all, scheduler,
     sequence::{Identity, Lora, Sequence},
     tokenizer::{Pieces, Tokenizer},
 };
@@ -230,7 +230,7 @@ impl Server {
             (&Method::GET, "/kv_event_sources") => Ok(json_page(&self.event_sources())),
             (&Method::GET, "/metrics") => Ok(self.metrics().await),
             (&Method::POST, "/reset_prefix_cache") => {
-                let reset = self.ranks.iter().fold(true, |all, rank| rank.reset_cache() && all);
+                let reset = reset_all(&self.ranks);
                 Ok(json_page(&json!({"success": reset})))
             }
             (&Method::POST, "/tokenize") => {
