@@ -132,6 +132,9 @@ impl Run {
     }
 }
 
+/// A plugin, and the warnings about its parameters.
+type Built = (Arc<dyn Plugin>, Vec<String>);
+
 /// Builds plugins with a registry of its own.
 #[derive(Debug)]
 pub(in crate::epp::plugins) struct Bench {
@@ -171,7 +174,7 @@ impl Bench {
         &self,
         factory: Option<Factory>,
         parameters: &str,
-    ) -> Result<(Arc<dyn Plugin>, Vec<String>), Vec<String>> {
+    ) -> Result<Built, Vec<String>> {
         let reader = Reader::new(Document::parse(parameters).unwrap());
         let params = reader.root();
         let plugin = factory.expect("it is built")(&params, self);
