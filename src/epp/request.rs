@@ -4,7 +4,28 @@
 //!
 //! The parser is chosen by the request's path. It scans the JSON body once, checks that it is JSON,
 //! and keeps **spans**: nothing is copied, nothing is built, the body goes on byte for byte. Only a
-//! model rewrite changes it, by replacing the span of the model's name.
+//! model rewrite changes it, by replacing the span of the model's name. Whoever wants the prompt
+//! reads it out of the body by its spans, in pieces.
+//!
+//! | module | what it is for |
+//! | --- | --- |
+//! | `parsers` | path → API; the errors |
+//! | `fields` | which fields matter to which API |
+//! | `json` | the scanner, with the verdicts of Go's `encoding/json` |
+//! | `read` | the prompt as text, bytes or token ids |
+//! | `estimate` | the prompt as pseudo tokens, without a tokenizer |
+//! | `splice` | another model name |
+//! | [`fuzz`] | what holds for every body |
+//!
+//! # Failure
+//!
+//! What Go's parsers refuse is refused with their texts. Spans are into the body that was parsed;
+//! read with another body they give nonsense or nothing, never a panic.
+//!
+//! # Cost
+//!
+//! One pass over the body, gigabytes a second through long strings; no allocation but for the
+//! model's name, the cache salt, and what is nested more than 64 deep.
 
 use std::{ops::Range, sync::Arc, time::Instant};
 
@@ -12,6 +33,26 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::epp::ext_proc::headers::HeaderList;
+
+mod estimate;
+mod fields;
+pub mod fuzz;
+mod image;
+mod json;
+mod parsers;
+mod read;
+mod splice;
+#[cfg(test)]
+mod tests;
+
+pub use self::{
+    estimate::estimate_tokens,
+    json::JsonError,
+    parsers::{
+        DEFAULT_PARSERS, ParseError, ParserKind, ParserListError, Parsers, Route, request_path,
+    },
+    splice::splice_model,
+};
 
 /// An API of an inference server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +75,25 @@ pub enum Api {
     CountTokens,
     /// vLLM `inference/v1/generate`.
     Generate,
+    /// SGLang's own `generate`.
+    SglangGenerate,
     /// Nobody's: passed through unread.
     Raw,
+}
+
+impl Api {
+    /// Has its body to name a model, and may the model be rewritten? Not where the body is passed
+    /// through unread, nor in SGLang's own API, which has no models.
+    #[must_use]
+    pub fn has_model(self) -> bool {
+        !matches!(self, Self::CountTokens | Self::SglangGenerate | Self::Raw)
+    }
+
+    /// Is the response looked at?
+    #[must_use]
+    pub fn has_response(self) -> bool {
+        self != Self::CountTokens
+    }
 }
 
 /// What a prompt is written as.
@@ -51,6 +109,10 @@ pub enum PromptForm {
     TokenLists,
     /// A list of messages with roles and contents, or of items with such.
     Messages,
+    /// A list of blocks of a content.
+    Blocks,
+    /// Something else: read as the JSON that it is.
+    Json,
 }
 
 /// A part of the prompt: a JSON value inside the body.
@@ -69,20 +131,39 @@ pub struct Parsed {
     pub api: Api,
     /// `model`, unescaped; empty if the API has none.
     pub model: String,
-    /// The bytes of the value of `model`, quotes included.
+    /// The bytes of the value of `model`, quotes included; of the last one if there are several. It
+    /// may be there although [`model`](Self::model) is empty: then it is no string, or an empty one.
     pub model_span: Option<Range<usize>>,
     /// Will the response be a stream of events?
     pub stream: bool,
     /// Limit of output tokens, if the client set one.
     pub max_output_tokens: Option<u64>,
-    /// `cache_salt`, unescaped.
+    /// `cache_salt` (SGLang: `extra_key`), unescaped; not empty.
     pub cache_salt: Option<String>,
     /// The prompt, in the order in which a chat template would put it.
     pub prompt: SmallVec<[PromptSpan; 2]>,
-    /// The bytes of the value of `tools`.
+    /// The bytes of the value of `tools`, unless it is null or empty.
     pub tools: Option<Range<usize>>,
-    /// Does a message have an image, video or audio part?
+    /// Does a message have an image, video or audio part? Known for chat completions and messages.
     pub multimodal: bool,
+}
+
+impl Parsed {
+    /// What is known of a body that is not read.
+    #[must_use]
+    pub fn unread(api: Api) -> Self {
+        Self {
+            api,
+            model: String::new(),
+            model_span: None,
+            stream: false,
+            max_output_tokens: None,
+            cache_salt: None,
+            prompt: SmallVec::new(),
+            tools: None,
+            multimodal: false,
+        }
+    }
 }
 
 /// A request as plugins see it.

@@ -1,0 +1,189 @@
+//! Bodies and what is found in them.
+
+use bytes::Bytes;
+
+use super::{
+    Api, ParseError, Parsed, ParserKind, ParserListError, Parsers, PromptForm, Route,
+    estimate_tokens, fuzz, request_path, splice_model,
+};
+use crate::epp::ext_proc::headers::HeaderList;
+
+mod go;
+mod prompts;
+mod properties;
+
+/// All parsers that are built, but for the one that takes the rest.
+const ALL: [&str; 4] =
+    ["openai-parser", "anthropic-parser", "vllmhttp-parser", "sglanghttp-parser"];
+
+fn headers(path: &str) -> HeaderList {
+    HeaderList::from_pairs([(":path".to_owned(), Bytes::copy_from_slice(path.as_bytes()))])
+}
+
+/// Reads a body as the API of a path.
+fn parse(path: &str, body: &[u8]) -> Result<Parsed, ParseError> {
+    Parsers::new(&ALL).unwrap().parse(&headers(path), body)
+}
+
+#[track_caller]
+fn parsed(path: &str, body: &str) -> Parsed {
+    parse(path, body.as_bytes()).unwrap()
+}
+
+#[test]
+fn paths_lead_to_apis() {
+    #[track_caller]
+    fn check(parsers: &[&str], path: &str, want: Result<(ParserKind, Api), &str>) {
+        let route = Parsers::new(parsers).unwrap().route(path).map_err(|error| error.to_string());
+        let want = want.map(|(parser, api)| Route { parser, api }).map_err(str::to_owned);
+        assert_eq!(route, want, "{path}");
+    }
+    use Api::{
+        ChatCompletions, Completions, Conversations, CountTokens, Embeddings, Generate, Images,
+        Messages, Raw, Responses, SglangGenerate,
+    };
+    use ParserKind::{Anthropic, OpenAi, Passthrough, SglangHttp, VllmHttp};
+    let default = super::DEFAULT_PARSERS.as_slice();
+    assert_eq!(Parsers::new(default).unwrap(), Parsers::default());
+    for (path, parser, api) in [
+        ("/v1/completions", OpenAi, Completions),
+        ("completions", OpenAi, Completions),
+        ("/v1/completions/", OpenAi, Completions),
+        ("/v1/completions?stream=true&x=/embeddings", OpenAi, Completions),
+        ("/v1/completions/render", OpenAi, Completions),
+        ("/v1/chat/completions", OpenAi, ChatCompletions),
+        ("/v1/projects/p/locations/l/chat/completions", OpenAi, ChatCompletions),
+        ("/v1/chat/completions/render", OpenAi, ChatCompletions),
+        ("/v1/embeddings", OpenAi, Embeddings),
+        ("/v1/responses", OpenAi, Responses),
+        ("/v1/conversations", OpenAi, Conversations),
+        ("/v1/images/generations", OpenAi, Images),
+        ("/v1/messages", Anthropic, Messages),
+        ("/v1/messages/count_tokens", Anthropic, CountTokens),
+        ("/inference/v1/generate", VllmHttp, Generate),
+        ("/generate", Passthrough, Raw),
+        ("/v1/foo", Passthrough, Raw),
+        ("/v1/mycompletions", Passthrough, Raw),
+        ("/v1/completions/x", Passthrough, Raw),
+        ("/", Passthrough, Raw),
+        ("", Passthrough, Raw),
+    ] {
+        check(default, path, Ok((parser, api)));
+    }
+    check(&ALL, "/generate", Ok((SglangHttp, SglangGenerate)));
+    check(&ALL, "/generate/", Ok((SglangHttp, SglangGenerate)));
+    // The longest end wins, whatever the order.
+    check(
+        &["sglanghttp-parser", "vllmhttp-parser"],
+        "/inference/v1/generate",
+        Ok((VllmHttp, Generate)),
+    );
+    check(
+        &["anthropic-parser"],
+        "/v1/completions",
+        Err("no parser registered matching path suffix for: /v1/completions"),
+    );
+    check(&ALL, "/v1/foo?a=b", Err("no parser registered matching path suffix for: /v1/foo"));
+    check(
+        &[],
+        "/v1/completions",
+        Err("no parser registered matching path suffix for: /v1/completions"),
+    );
+    check(&ALL, "/v1/generate", Err("unsupported path: /v1/generate"));
+    check(&ALL, "/inference/v1/generate/", Err("unsupported path: /inference/v1/generate/"));
+    check(&ALL, "/v1/messages/", Err("unsupported API endpoint: /v1/messages/"));
+    // Nothing counts after the parser that takes the rest, or a second time.
+    check(&["passthrough-parser", "openai-parser"], "/v1/completions", Ok((Passthrough, Raw)));
+    check(&["openai-parser", "openai-parser"], "/v1/completions", Ok((OpenAi, Completions)));
+}
+
+#[test]
+fn lists_of_parsers_are_checked() {
+    let unknown = Parsers::new(&["openai-parser", "queue-scorer"]).unwrap_err();
+    assert_eq!(unknown, ParserListError::Unknown("queue-scorer".to_owned()));
+    for name in ["vllmgrpc-parser", "vertexai-parser"] {
+        let error = Parsers::new(&[name]).unwrap_err();
+        assert_eq!(error, ParserListError::Unsupported(name.to_owned()));
+        assert!(error.to_string().contains(name));
+    }
+}
+
+#[test]
+fn the_path_is_found_in_the_headers() {
+    #[track_caller]
+    fn check(pairs: &[(&str, &str)], want: &str) {
+        let pairs = pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), Bytes::copy_from_slice(value.as_bytes())));
+        assert_eq!(request_path(&HeaderList::from_pairs(pairs)), want);
+    }
+    check(&[], "/v1/completions");
+    check(&[("x-forwarded-path", "/f"), ("x-original-path", "/o"), (":path", "/p?q")], "/p");
+    check(&[("x-forwarded-path", "/f"), ("X-Original-Path", "/o?q?r")], "/o");
+    check(&[("x-forwarded-path", "/f"), ("x-original-path", ""), (":path", "")], "/f");
+}
+
+#[test]
+fn bodies_nobody_reads_are_routed() {
+    for path in ["/v1/messages/count_tokens", "/v1/foo"] {
+        let found = Parsers::default().parse(&headers(path), b"no JSON").unwrap();
+        assert!(!found.api.has_model() && found.model.is_empty() && found.prompt.is_empty());
+        assert_eq!(found.prompt_bytes(b"no JSON").len(), 0);
+        assert_eq!(found.api.has_response(), found.api == Api::Raw);
+    }
+}
+
+#[test]
+fn models_are_spliced() {
+    #[track_caller]
+    fn check(path: &str, body: &str, target: &str, want: &str) {
+        let body = Bytes::copy_from_slice(body.as_bytes());
+        let found = parse(path, &body).unwrap();
+        let parts = splice_model(&found, &body, target);
+        assert_eq!(String::from_utf8(parts.concat()).unwrap(), want);
+        for outer in [&parts[0], &parts[2]] {
+            let range = body.as_ptr_range();
+            assert!(outer.is_empty() || range.contains(&outer.as_ptr()), "a slice, no copy");
+        }
+    }
+    let c = "/v1/completions";
+    check(
+        c,
+        r#"{"temperature":0, "model" : "m" ,"seed":12345678901234567890,"prompt":"<b>"}"#,
+        "m2",
+        r#"{"temperature":0, "model" : "m2" ,"seed":12345678901234567890,"prompt":"<b>"}"#,
+    );
+    check(
+        c,
+        r#"{"model":"","prompt":"x"}"#,
+        "a\"\\\n\u{1}é",
+        r#"{"model":"a\"\\\n\u0001é","prompt":"x"}"#,
+    );
+    check(c, r#"{"model":["m"],"prompt":"x"}"#, "m2", r#"{"model":"m2","prompt":"x"}"#);
+    check(
+        c,
+        r#"{"model":"a","model":"b","prompt":"x"}"#,
+        "c",
+        r#"{"model":"a","model":"c","prompt":"x"}"#,
+    );
+    check(c, r#" { "prompt":"x"}"#, "m", r#" {"model":"m", "prompt":"x"}"#);
+    // A key in another case is not Go's `model`, nor the engine's.
+    check(c, r#"{"Model":"a","prompt":"x"}"#, "m", r#"{"model":"m","Model":"a","prompt":"x"}"#);
+    check("/generate", r#"{"input_ids":[1],"model":"a"}"#, "m", r#"{"input_ids":[1],"model":"a"}"#);
+    check("/v1/messages/count_tokens", r#"{"model":"a"}"#, "m", r#"{"model":"a"}"#);
+    // Another body than the one that was read.
+    let body = Bytes::from_static(b"{}");
+    let found = parsed(c, r#"{"prompt":"x","model":"m"}"#);
+    assert_eq!(splice_model(&found, &body, "m2").concat(), b"{}");
+}
+
+#[test]
+fn fuzz_corpus_holds() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/corpus/body");
+    let mut seeds = 0;
+    for entry in std::fs::read_dir(corpus).unwrap() {
+        fuzz::body_is_total(&std::fs::read(entry.unwrap().path()).unwrap());
+        seeds += 1;
+    }
+    assert!(seeds >= 20, "{seeds} seeds");
+}
