@@ -50,15 +50,9 @@ pub(in crate::epp::plugins) fn request(form: PromptForm, prompt: &str) -> Infere
         id: Arc::from("request"),
         headers: HeaderList::default(),
         parsed: Parsed {
-            api: Api::Completions,
             model: "model".to_owned(),
-            model_span: None,
-            stream: false,
-            max_output_tokens: None,
-            cache_salt: None,
             prompt: smallvec![PromptSpan { form, span }],
-            tools: None,
-            multimodal: false,
+            ..Parsed::unread(Api::Completions)
         },
         body: Bytes::from(format!("{head}{prompt}}}")),
         target_model: Arc::from("model"),
