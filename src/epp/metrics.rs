@@ -16,6 +16,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -31,10 +32,7 @@ use prometheus::{
 
 use crate::{
     epp::{
-        datalayer::{
-            Endpoint, EndpointWatcher, Endpoints,
-            scrape::{ScrapeStats, Scraper},
-        },
+        datalayer::{Endpoint, EndpointWatcher, Endpoints},
         director::RefusalCode,
         scheduling,
         server::{ConnectionMetrics, tls::ReloadMetrics},
@@ -251,12 +249,26 @@ struct State {
     streams: [AtomicU64; CODES.len()],
 }
 
-/// A scraper and what the configuration calls its parts.
-#[derive(Debug)]
+/// What went wrong with scraping, since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrapeFaults {
+    /// Pages that did not come.
+    pub polls: u64,
+    /// Pages that lacked something.
+    pub extracts: u64,
+}
+
+/// A scraper whose faults are reported.
 struct Watched {
-    source_type: String,
-    extractor_type: String,
-    scraper: Arc<Scraper>,
+    /// Of the extractor and of the source.
+    types: [String; 2],
+    faults: Box<dyn Fn() -> ScrapeFaults + Send + Sync>,
+}
+
+impl fmt::Debug for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Watched").field(&self.types).finish()
+    }
 }
 
 /// Names of gRPC codes as Go writes them, by number.
@@ -432,14 +444,16 @@ impl EppMetrics {
         found_or(&mut lock(&self.state.plugins), labels, new)
     }
 
-    /// From now on reports the faults of this scraper, whose configuration names a source and an
-    /// extractor of these types.
-    pub fn watch_scraper(&self, source_type: &str, extractor_type: &str, scraper: &Arc<Scraper>) {
-        lock(&self.state.scrapers).push(Watched {
-            source_type: source_type.to_owned(),
-            extractor_type: extractor_type.to_owned(),
-            scraper: Arc::clone(scraper),
-        });
+    /// From now on reports the faults of a scraper, as `faults` counts them, under the types of its
+    /// source and extractor.
+    pub fn watch_scraper(
+        &self,
+        source_type: &str,
+        extractor_type: &str,
+        faults: impl Fn() -> ScrapeFaults + Send + Sync + 'static,
+    ) {
+        let types = [extractor_type, source_type].map(str::to_owned);
+        lock(&self.state.scrapers).push(Watched { types, faults: Box::new(faults) });
     }
 
     /// An `ext_proc` stream was opened; it is open until what is returned is dropped.
@@ -611,25 +625,26 @@ impl Collector for All {
         });
         let MetricsOptions { commit, build_ref, .. } = &state.options;
         both(&INFO, &INFO_OLD, &|family| vec![family.series(&[build_ref, commit], 1.0)]);
-        let scraped = |count: fn(&ScrapeStats) -> u64| {
-            // Several scrapers of the same types are one series.
-            let mut sums: BTreeMap<[String; 2], u64> = BTreeMap::new();
-            for watched in lock(&state.scrapers).iter() {
-                let types = [&watched.extractor_type, &watched.source_type].map(String::clone);
-                *sums.entry(types).or_default() += count(watched.scraper.stats());
-            }
-            sums
-        };
+        // Several scrapers of the same types are one series.
+        let mut faults: BTreeMap<[String; 2], ScrapeFaults> = BTreeMap::new();
+        for watched in lock(&state.scrapers).iter() {
+            let (sum, more) =
+                (faults.entry(watched.types.clone()).or_default(), (watched.faults)());
+            sum.polls += more.polls;
+            sum.extracts += more.extracts;
+        }
         both(&POLL_ERRORS, &POLL_ERRORS_OLD, &|family| {
-            let sums = scraped(|stats| stats.poll_errors().map(|(_, count)| count).sum());
-            sums.iter().map(|([_, source], sum)| family.series(&[source], *sum)).collect()
+            let mut polls: BTreeMap<&str, u64> = BTreeMap::new();
+            for ([_, source], sum) in &faults {
+                *polls.entry(source).or_default() += sum.polls;
+            }
+            polls.iter().map(|(source, sum)| family.series(&[source], *sum)).collect()
         });
         both(&EXTRACT_ERRORS, &EXTRACT_ERRORS_OLD, &|family| {
-            let sums = scraped(ScrapeStats::extract_errors);
-            let series = |(types, sum): (&[String; 2], &u64)| {
-                family.series(&types.each_ref().map(String::as_str), *sum)
+            let series = |(types, sum): (&[String; 2], &ScrapeFaults)| {
+                family.series(&types.each_ref().map(String::as_str), sum.extracts)
             };
-            sums.iter().map(series).collect()
+            faults.iter().map(series).collect()
         });
         let open = state.open_streams.load(Ordering::Relaxed);
         families.push(OPEN_STREAMS.with(vec![OPEN_STREAMS.series(&[], open)]));

@@ -25,7 +25,7 @@ use crate::{
         },
         director::{Director, NoObjectives, Parts},
         ext_proc::ExchangeConfig,
-        metrics::{EppMetrics, MetricsOptions},
+        metrics::{EppMetrics, MetricsOptions, ScrapeFaults},
         plugins::{
             core_metrics_extractor::CoreMetricsExtractor, file_discovery::FileDiscoverySource,
             metrics_data_source::MetricsDataSource,
@@ -254,7 +254,11 @@ impl Scraping {
                     .with_context(|| format!("plugin '{}'", source.name))?;
                 let scraper = Arc::new(scraper);
                 let (source, extractor) = (source.plugin.type_name(), extractor.plugin.type_name());
-                metrics.watch_scraper(source, extractor, &scraper);
+                let watched = Arc::clone(&scraper);
+                metrics.watch_scraper(source, extractor, move || ScrapeFaults {
+                    polls: watched.stats().poll_errors().map(|(_, count)| count).sum(),
+                    extracts: watched.stats().extract_errors(),
+                });
                 scraping.scrapers.push(scraper);
                 scraping.unknown = core.unknown_metrics();
             }

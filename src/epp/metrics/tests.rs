@@ -11,6 +11,8 @@ use crate::{
     support::metrics::encode,
 };
 
+const ONE_OF_EACH: ScrapeFaults = ScrapeFaults { polls: 1, extracts: 1 };
+
 const LABELS: RequestLabels<'static> =
     RequestLabels { model: "m", target: "t", fairness: "f", priority: 2 };
 
@@ -148,7 +150,7 @@ fn old_names_can_be_switched_off() {
     row.finished(&outcome());
     metrics.scheduled(millis(1));
     metrics.plugin_timer(ExtensionPoint::Scorer, "queue-scorer", "q").observe(millis(1));
-    metrics.poll_errors("metrics-data-source").inc();
+    metrics.watch_scraper("metrics-data-source", "core-metrics-extractor", || ONE_OF_EACH);
     metrics.watch("pool", &Arc::new(Endpoints::new()));
     check_absent(&registry, &["inference_", "Deprecated"]);
 }
@@ -335,8 +337,7 @@ fn our_own_times_and_errors_have_both_names() {
     let timer = metrics.plugin_timer(ExtensionPoint::Filter, "decode-filter", "d");
     assert_eq!(timer.time(|| 7), 7);
     metrics.plugin_timer(ExtensionPoint::Filter, "decode-filter", "d").observe(millis(1));
-    metrics.poll_errors("metrics-data-source").inc();
-    metrics.extract_errors("metrics-data-source", "core-metrics-extractor").inc();
+    metrics.watch_scraper("metrics-data-source", "core-metrics-extractor", || ONE_OF_EACH);
     metrics.immediate_response(RefusalCode::ServiceUnavailable);
     metrics.fallback_pick();
     metrics.reloads().failed.inc();
@@ -402,8 +403,7 @@ fn families_are_declared_as_they_are_reported() {
         metrics.request_processed(millis(1));
         metrics.response_processed(millis(1));
         metrics.plugin_timer(ExtensionPoint::Scorer, "s", "s").observe(millis(1));
-        metrics.poll_errors("s").inc();
-        metrics.extract_errors("s", "e").inc();
+        metrics.watch_scraper("s", "e", || ONE_OF_EACH);
         drop(metrics.stream());
         let gathered = registry.gather();
         let reported: BTreeSet<&str> = gathered

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! "Reported" is `cache_block_tokens` of the first candidate. Tokens are real ones where they are
-//! known; otherwise four bytes of tools and prompt are one, so that a block of 64 tokens is 256 bytes of
-//! text, hashed where they lie. At most `maxPrefixTokensToMatch` tokens of each prompt of a request
+//! known; otherwise four bytes of tools and text are one, so that a block of 64 tokens is 256 bytes of
+//! text, hashed where they lie. Pictures count as an estimate of their tokens. At most `maxPrefixTokensToMatch` tokens of each prompt of a request
 //! count, or `maxPrefixBlocksToMatch` blocks if that is 0, or all if both are. The last endpoint
 //! routed to is the one that has a block longest: `lruCapacityPerServer` blocks, or as many as the
 //! engine reported when the endpoint was first routed to (`autoTune`).

@@ -147,7 +147,7 @@ fn real_tokens_are_counted() {
     for (form, prompt, want) in [
         (PromptForm::Tokens, "[1, 22,333]", 3),
         (PromptForm::TokenLists, "[[1,2],[3]]", 3),
-        (PromptForm::Texts, r#"["ab","cd"]"#, 3),
+        (PromptForm::Texts, r#"["ab","cd"]"#, 1),
         (PromptForm::Text, r#""12345""#, 2),
     ] {
         let request = crate::epp::plugins::prefix::testing::request(form, prompt);

@@ -140,6 +140,12 @@ impl BlockHasher {
         self.chains
     }
 
+    /// Bytes of a prompt that are of interest.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.max_blocks.saturating_mul(self.block_bytes)
+    }
+
     /// Is nothing more of this prompt of interest?
     #[must_use]
     pub fn is_full(&self) -> bool {

@@ -110,12 +110,6 @@ impl Matcher {
         &self.name
     }
 
-    /// Sizes.
-    #[cfg(test)]
-    pub(in crate::epp::plugins) fn sizing(&self) -> &Sizing {
-        &self.sizing
-    }
-
     /// Writes the matches of all candidates, and keeps the hashes.
     pub(in crate::epp::plugins) fn produce(
         &self,

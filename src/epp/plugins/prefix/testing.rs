@@ -13,7 +13,7 @@ use smallvec::smallvec;
 
 use crate::{
     epp::{
-        datalayer::{Endpoint, EndpointInfo, EndpointName, Endpoints, Metrics},
+        datalayer::{Endpoint, EndpointInfo, EndpointName, Endpoints, Metrics, UnknownMetrics},
         ext_proc::headers::{HeaderEdits, HeaderList},
         plugins::{Building, Factory},
         request::{Api, InferenceRequest, Parsed, PromptForm, PromptSpan},
@@ -50,15 +50,9 @@ pub(in crate::epp::plugins) fn request(form: PromptForm, prompt: &str) -> Infere
         id: Arc::from("request"),
         headers: HeaderList::default(),
         parsed: Parsed {
-            api: Api::Completions,
             model: "model".to_owned(),
-            model_span: None,
-            stream: false,
-            max_output_tokens: None,
-            cache_salt: None,
             prompt: smallvec![PromptSpan { form, span }],
-            tools: None,
-            multimodal: false,
+            ..Parsed::unread(Api::Completions)
         },
         body: Bytes::from(format!("{head}{prompt}}}")),
         target_model: Arc::from("model"),
@@ -98,6 +92,7 @@ impl Run {
     fn with<T>(&self, then: impl FnOnce(&Cycle<'_>) -> T) -> T {
         let metrics: Vec<Arc<Metrics>> = self.endpoints.iter().map(|pod| pod.metrics()).collect();
         then(&Cycle {
+            unknown_metrics: UnknownMetrics::default(),
             request: &self.request,
             endpoints: &self.endpoints,
             metrics: &metrics,
@@ -131,6 +126,9 @@ impl Run {
         flight.expect("it refuses nothing")
     }
 }
+
+/// A plugin, and the warnings about its parameters.
+type Built = (Arc<dyn Plugin>, Vec<String>);
 
 /// Builds plugins with a registry of its own.
 #[derive(Debug)]
@@ -171,7 +169,7 @@ impl Bench {
         &self,
         factory: Option<Factory>,
         parameters: &str,
-    ) -> Result<(Arc<dyn Plugin>, Vec<String>), Vec<String>> {
+    ) -> Result<Built, Vec<String>> {
         let reader = Reader::new(Document::parse(parameters).unwrap());
         let params = reader.root();
         let plugin = factory.expect("it is built")(&params, self);
