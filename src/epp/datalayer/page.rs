@@ -35,10 +35,31 @@ pub const MAX_LINE: usize = 64 << 10;
 #[derive(Clone)]
 pub struct Names {
     names: Vec<Box<[u8]>>,
-    /// What all names begin with, bytes.
+    /// What all names begin with, bytes. Pages repeat it in nearly every line.
     common: usize,
-    /// Which bytes follow the common part in some name.
-    next: Box<[bool; 256]>,
+    /// What follows the common part in each name.
+    keys: Vec<Key>,
+}
+
+/// Up to eight bytes of a name, to tell most lines apart with one comparison.
+#[derive(Clone, Copy)]
+struct Key {
+    word: u64,
+    /// Bytes of `word` that are the name's.
+    mask: u64,
+}
+
+impl Key {
+    const BYTES: usize = size_of::<u64>();
+
+    fn new(part: &[u8]) -> Self {
+        let mut bytes = [0; Self::BYTES];
+        let mut mask = [0; Self::BYTES];
+        for ((to, mask), &from) in bytes.iter_mut().zip(&mut mask).zip(part) {
+            (*to, *mask) = (from, 0xff);
+        }
+        Self { word: u64::from_ne_bytes(bytes), mask: u64::from_ne_bytes(mask) }
+    }
 }
 
 impl fmt::Debug for Names {
@@ -53,25 +74,18 @@ impl Names {
     pub fn new<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
         let names: Vec<Box<[u8]>> = names.into_iter().map(|name| name.as_bytes().into()).collect();
         let first = names.first().map_or(&[][..], |name| &name[..]);
-        let common = names
-            .iter()
-            .map(|name| first.iter().zip(&name[..]).take_while(|(a, b)| a == b).count())
-            .min()
-            // A name that others begin with has no byte after the common part.
-            .map_or(0, |common| {
-                let shortest = names.iter().map(|name| name.len()).min().unwrap_or(0);
-                common.min(shortest.saturating_sub(1))
-            });
-        let mut next = Box::new([false; 256]);
-        for byte in names.iter().filter_map(|name| name.get(common)) {
-            next[usize::from(*byte)] = true;
-        }
-        Self { names, common, next }
+        let same = |name: &[u8]| first.iter().zip(name).take_while(|(a, b)| a == b).count();
+        let common = names.iter().map(|name| same(name)).min().unwrap_or(0);
+        let keys = names.iter().map(|name| Key::new(&name[common..])).collect();
+        Self { names, common, keys }
     }
 
     /// The name that a line begins with, and the rest of the line.
     fn at_start<'l>(&self, line: &'l [u8]) -> Option<(usize, &'l [u8])> {
-        if !self.next[usize::from(*line.get(self.common)?)] {
+        let after = line.get(self.common..)?;
+        // Near the end of a short line there is less to compare.
+        let word = after.first_chunk().map(|word| u64::from_ne_bytes(*word));
+        if word.is_some_and(|word| self.keys.iter().all(|key| word & key.mask != key.word)) {
             return None;
         }
         let found = |name: &[u8]| {
