@@ -9,7 +9,7 @@ use crate::epp::scheduling::{Configured, DataKey};
 /// # Errors
 ///
 /// The names along a loop, its first one repeated at the end.
-pub(super) fn producers(producers: Vec<Configured>) -> Result<Vec<Configured>, Vec<Arc<str>>> {
+pub(super) fn producers(producers: &[Configured]) -> Result<Vec<Configured>, Vec<Arc<str>>> {
     let writes: Vec<Vec<DataKey>> = producers.iter().map(produced).collect();
     // Whom each one waits for.
     let waits: Vec<Vec<usize>> = producers
@@ -26,7 +26,7 @@ pub(super) fn producers(producers: Vec<Configured>) -> Result<Vec<Configured>, V
     while order.len() < producers.len() {
         let ready =
             (0..producers.len()).find(|&at| !done[at] && waits[at].iter().all(|&on| done[on]));
-        let Some(ready) = ready else { return Err(a_loop(&producers, &waits, &done)) };
+        let Some(ready) = ready else { return Err(a_loop(producers, &waits, &done)) };
         done[ready] = true;
         order.push(producers[ready].clone());
     }

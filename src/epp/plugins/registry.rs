@@ -100,8 +100,6 @@ impl Plugin for Inert {
 
 macro_rules! inert {
     ($name:literal) => {{
-        // `Factory` is this type.
-        #[expect(clippy::unnecessary_wraps, reason = "a factory may fail")]
         fn make(_: &Fields<'_>, _: &dyn Building) -> Option<Arc<dyn Plugin>> {
             Some(Arc::new(Inert($name)))
         }
@@ -139,7 +137,7 @@ pub fn types() -> PluginTypes {
     PluginTypes(types)
 }
 
-/// Types with a file of their own, and inert ones.
+/// Types of this release: those with a file of their own, and inert ones.
 fn built() -> Vec<Registration> {
     vec![
         // Filters.

@@ -41,7 +41,6 @@ pub(crate) struct Fake {
     /// `value` of its parameters.
     pub(crate) value: Option<u64>,
     /// The plugins that it refers to.
-    #[expect(dead_code, reason = "kept alive as a real plugin would")]
     refers: Vec<Arc<dyn Plugin>>,
 }
 
