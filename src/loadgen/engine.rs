@@ -444,6 +444,8 @@ impl Drop for EngineHandle {
     fn drop(&mut self) {
         for rank in &self.ranks {
             rank.stop();
+            // Has nothing left to close after `stop` and `kill`.
+            rank.close(true);
         }
     }
 }

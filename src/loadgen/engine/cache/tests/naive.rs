@@ -2,9 +2,15 @@
 
 use std::collections::HashMap;
 
-use proptest::prelude::*;
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestRunner},
+};
 
-use super::super::{Cache, CacheOptions, EventFields, Hits, Sequence};
+use super::{
+    super::{CacheOptions, EventFields, Fault, Hits, Sequence},
+    script::cache,
+};
 use crate::{
     loadgen::engine::sequence::Identity,
     wire::encode::{Event, Hash},
@@ -175,14 +181,14 @@ fn replay(events: Vec<Event>, held: &mut HashMap<u64, usize>) -> Vec<(bool, u64)
     told
 }
 
-fn run(ops: &[Op], blocks: u32, unhashed_first: bool) -> Result<(), TestCaseError> {
+fn run(ops: &[Op], blocks: u32, unhashed_first: bool, fault: Fault) -> Result<(), TestCaseError> {
     let options = CacheOptions {
         num_gpu_blocks: blocks,
         block_size: SIZE,
         fields: EventFields::default(),
         unhashed_first,
     };
-    let mut cache = Cache::new(options);
+    let mut cache = cache(options, fault);
     let mut naive = Naive::new(blocks as usize, unhashed_first);
     let mut looked: Vec<(Sequence, Hits, Vec<usize>)> = Vec::new();
     let mut running: Vec<Running> = Vec::new();
@@ -275,6 +281,18 @@ proptest! {
         blocks in 4..30_u32,
         unhashed_first: bool,
     ) {
-        run(&ops, blocks, unhashed_first)?;
+        run(&ops, blocks, unhashed_first, Fault::None)?;
+    }
+}
+
+#[test]
+fn planted_errors_are_found() {
+    for fault in [Fault::ForwardFree, Fault::Fifo, Fault::YoungestCopy, Fault::StoresOnce] {
+        let config = Config { failure_persistence: None, ..Config::default() };
+        let rng = TestRunner::deterministic().new_rng();
+        let mut runner = TestRunner::new_with_rng(config, rng);
+        let ops = prop::collection::vec(op(), 1..200);
+        let found = runner.run(&ops, |ops| run(&ops, 12, true, fault));
+        assert!(found.is_err(), "{fault:?}");
     }
 }
