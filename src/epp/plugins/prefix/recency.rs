@@ -185,10 +185,11 @@ impl Recency {
         let before = writer.nodes.len();
         // The end of what does not fit would be evicted by its own beginning.
         let chain = &chain[..chain.len().min(writer.capacity)];
-        if before + chain.len() > writer.capacity {
+        let held = self.depth(chain);
+        if held < chain.len() && before + chain.len() - held > writer.capacity {
             // Whatever is evicted for the new blocks must not be what is held of this prompt.
             let table = self.table.load();
-            for &hash in chain.iter().rev() {
+            for &hash in chain[..held].iter().rev() {
                 if let Ok(node) = table.find(hash, &writer.nodes) {
                     writer.refresh(node);
                 }
