@@ -2,9 +2,9 @@
 //!
 //! # Model
 //!
-//! A prompt is cut into blocks whose hashes are [chained](hashing), so that one hash stands for a block
+//! A prompt is cut into blocks whose hashes are [chained](Chains), so that one hash stands for a block
 //! and all before it. The [store](PrefixStore) remembers for each endpoint the hashes it was last
-//! sent, as many as fit into its cache; [`Matcher`] is what a plugin is made of: it hashes and matches
+//! sent, as many as fit into its cache; `Matcher` is what a plugin is made of: it hashes and matches
 //! before scheduling and remembers after.
 
 mod hashing;

