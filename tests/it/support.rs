@@ -283,10 +283,29 @@ pub(crate) fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16,
     let answer = String::from_utf8_lossy(&answer);
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    let body = if chunked { joined(body) } else { body.to_owned() };
     match status {
-        Some(status) => Ok((status, body.to_owned())),
+        Some(status) => Ok((status, body)),
         None => Err(std::io::Error::other(format!("not HTTP: {head:?}"))),
     }
+}
+
+/// A body without the sizes of its chunks.
+fn joined(chunks: &str) -> String {
+    let (mut body, mut rest) = (String::new(), chunks);
+    while let Some((size, more)) = rest.split_once("\r\n") {
+        let size = usize::from_str_radix(size.trim(), 16).unwrap_or(0);
+        let Some(chunk) = more.get(..size).filter(|chunk| !chunk.is_empty()) else { break };
+        body.push_str(chunk);
+        rest = more[size..].trim_start_matches("\r\n");
+    }
+    body
+}
+
+#[test]
+fn chunks_are_joined() {
+    assert_eq!(joined("3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"), "abcde");
 }
 
 #[test]
