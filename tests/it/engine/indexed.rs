@@ -68,6 +68,9 @@ struct Pair {
     _indexer: Indexer,
     runtime: tokio::runtime::Runtime,
     client: KvIndexerClient<Channel>,
+    /// Epochs up to here are of an engine that was killed.
+    over: u64,
+    epoch: u64,
 }
 
 impl Pair {
@@ -78,7 +81,7 @@ impl Pair {
         let runtime = runtime();
         let client = runtime.block_on(connect(indexer.grpc));
         engine.subscribed();
-        Self { engine, _indexer: indexer, runtime, client }
+        Self { engine, _indexer: indexer, runtime, client, over: 0, epoch: 0 }
     }
 
     /// Every client asks all of these at about the same time.
@@ -130,7 +133,7 @@ impl Pair {
     }
 
     fn visible(&mut self, rank: u32, sequence: u64) {
-        eventually(&format!("rank {rank} sequence {sequence}"), || {
+        self.epoch = eventually(&format!("rank {rank} sequence {sequence}"), || {
             let request = WaitVisibleRequest {
                 pod: POD.to_owned(),
                 dp_rank: Some(rank),
@@ -140,7 +143,11 @@ impl Pair {
             };
             let answer = self.runtime.block_on(self.client.wait_visible(request));
             let answer = answer.map_err(|status| status.to_string())?.into_inner();
-            if answer.reached { Ok(()) } else { Err(format!("{answer:?}")) }
+            if answer.reached && answer.epoch > self.over {
+                Ok(answer.epoch)
+            } else {
+                Err(format!("{answer:?}"))
+            }
         });
     }
 }
@@ -188,6 +195,7 @@ fn check(form: EventForm, ranks: u32) {
     if ranks == 1 {
         let options = pair.engine.same_ports();
         pair.engine.kill();
+        pair.over = pair.epoch;
         pair.engine = Running::start(options);
         pair.engine.subscribed();
         pair.load(&asked[30..]);
