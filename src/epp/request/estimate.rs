@@ -19,6 +19,11 @@ const IMAGE_TOKENS: u64 = 640 * 360 / PIXELS;
 /// Tokens of a video: ten seconds, two frames each second.
 const VIDEO_TOKENS: u64 = 10 * 2 * IMAGE_TOKENS;
 
+/// Tokens of one asset at most: what the largest models make of a picture.
+const ASSET_TOKENS: u64 = 16_384;
+/// Tokens of all assets of a request at most, 4 MiB: a few bytes of body name thousands of them.
+const MEDIA_TOKENS: usize = 1 << 20;
+
 /// Appends at most `limit` pseudo tokens of a prompt, as the Go EPP's `estimate` tokenizer packs
 /// them:
 ///
@@ -27,7 +32,8 @@ const VIDEO_TOKENS: u64 = 10 * 2 * IMAGE_TOKENS;
 ///   `tools`, then role and content of each message. Each of several prompts begins a new token;
 /// - a picture, video or sound begins a new token, and is so many times the low half of the xxh64 of
 ///   its address or data: width × height / 1024 of a picture (640 × 360 if its size is not in a
-///   `data:` URL), 4500 of a video, a quarter of the data's length of sound; one at least;
+///   `data:` URL), 4500 of a video, a quarter of the data's length of sound; one at least, and at
+///   most 16 384, 2²⁰ in all (Go has no bound: a picture that says it is 2³¹ wide fills its memory);
 /// - of `responses` the JSON of instructions, tools and input, of `conversations` that of the items,
 ///   as the client wrote it. (Go re-encodes it, and the tools, with sorted keys: other ids, but
 ///   equal beginnings stay equal.)
@@ -75,12 +81,14 @@ struct Packer<'a> {
     end: usize,
     /// Bytes written.
     at: usize,
+    /// Tokens that assets may still have.
+    media: usize,
 }
 
 impl<'a> Packer<'a> {
     fn new(out: &'a mut Vec<u32>, limit: usize) -> Self {
         let start = out.len();
-        Self { out, start, end: start.saturating_add(limit), at: 0 }
+        Self { out, start, end: start.saturating_add(limit), at: 0, media: MEDIA_TOKENS }
     }
 
     /// Makes room for so many bytes more, as zeros, as far as they are wanted.
@@ -145,14 +153,15 @@ impl<'a> Packer<'a> {
             Media::Video => VIDEO_TOKENS,
             Media::Audio => length.div_ceil(BYTES as u64),
         };
+        let count = usize::try_from(count.clamp(1, ASSET_TOKENS)).unwrap_or_default();
+        let room = self.end.saturating_sub(self.start + self.at / BYTES);
+        let count = count.min(self.media).min(room);
+        self.media -= count;
         // The low half of the hash names the asset.
         let token = (hash.digest() as u32).to_le_bytes();
-        for _ in 0..count.max(1) {
-            let before = self.at;
+        self.expect(count * BYTES);
+        for _ in 0..count {
             self.bytes(&token);
-            if self.at == before {
-                break;
-            }
         }
     }
 }

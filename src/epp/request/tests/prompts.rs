@@ -173,6 +173,18 @@ fn media_are_so_many_times_their_hash() {
 }
 
 #[test]
+fn media_have_bounds() {
+    // A PNG that says it is 2³²−1 wide and high.
+    let png = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUv//////////";
+    let image = format!(r#"{{"type":"image_url","image_url":{{"url":"{png}"}}}}"#);
+    let body = format!(r#"{{"messages":[{{"content":[{image}]}}]}}"#);
+    assert_eq!(estimate(CHAT, &body).len(), 16_384);
+    let videos = vec![r#"{"type":"video_url","video_url":{"url":"v"}}"#; 300].join(",");
+    let body = format!(r#"{{"messages":[{{"content":[{videos}]}}]}}"#);
+    assert_eq!(estimate(CHAT, &body).len(), 1 << 20);
+}
+
+#[test]
 fn only_media_are_multimodal() {
     let body = r#"{"messages":[{"role":"user","content":[{"type":"text","text":"image_url"}]}]}"#;
     assert!(!parsed(CHAT, body).multimodal);
