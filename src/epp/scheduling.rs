@@ -79,6 +79,10 @@ pub trait Plugin: Any + fmt::Debug + Send + Sync {
     fn consumes(&self) -> Vec<DataKey> {
         Vec::new()
     }
+    /// Data that it reads if some plugin writes it: that plugin goes first, and nobody misses it.
+    fn may_consume(&self) -> Vec<DataKey> {
+        Vec::new()
+    }
     /// An endpoint's life ended: state kept for it can go.
     fn endpoint_removed(&self, _endpoint: &Endpoint) {}
 }

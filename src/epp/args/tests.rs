@@ -203,7 +203,14 @@ fn a_bad_command_line_has_its_status() {
         assert_eq!(Args::from_command_line(&line).unwrap_err(), EX_USAGE, "{line:?}");
     }
     assert_eq!(Args::from_command_line(["epp", "--version"]).unwrap_err(), 0);
-    assert_eq!(Args::from_command_line(["epp", "--help"]).unwrap_err(), 0);
+    let help = Args::parse_line(["epp", "--help"]).unwrap_err();
+    assert!(!help.use_stderr());
+    let text = help.to_string();
+    for part in
+        ["--grpc-port <PORT>", "--endpoint <NAME=IP:PORT[,LABEL=VALUE…]>", "--secure-serving"]
+    {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
 }
 
 #[test]

@@ -135,7 +135,7 @@ fn built() -> Vec<Registration> {
         later("decode-filter"),
         later("prefill-filter"),
         later("encode-filter"),
-        pending("by-label", &["by-label-selector", "label-selector-filter"], Stability::Beta),
+        pending("label-selector-filter", &["by-label-selector", "by-label"], Stability::Beta),
         // Scorers.
         pending("kv-cache-utilization-scorer", &["kv-cache-scorer"], Stability::Beta),
         later("queue-scorer"),
@@ -144,7 +144,7 @@ fn built() -> Vec<Registration> {
         later("active-request-scorer"),
         later("token-load-scorer"),
         later("prefix-cache-scorer"),
-        later("precise-prefix-cache-scorer"),
+        pending("precise-prefix-cache-scorer", &["precise-prefix-cache-producer"], Stability::Beta),
         later("lora-affinity-scorer"),
         // Pickers.
         later("max-score-picker"),
@@ -179,7 +179,7 @@ fn built() -> Vec<Registration> {
 }
 
 /// Known types without a file.
-const NOT_BUILT: [Registration; 57] = [
+const NOT_BUILT: [Registration; 56] = [
     // Filters.
     later("prefix-cache-affinity-filter"),
     later("slo-headroom-tier-filter"),
@@ -206,7 +206,6 @@ const NOT_BUILT: [Registration; 57] = [
     later_alpha("header-profile-handler"),
     later("always-disagg-multimodal-decider"),
     // Producers.
-    later("precise-prefix-cache-producer"),
     pending("token-producer", &["tokenizer"], Stability::Beta),
     later("predicted-latency-producer"),
     later("mm-embeddings-cache-producer"),
@@ -275,7 +274,7 @@ mod tests {
         }
         check("kv-cache-scorer", Some("kv-cache-utilization-scorer"));
         check("disagg-headers-handler", Some("prefill-header-handler"));
-        check("label-selector-filter", Some("by-label"));
+        check("by-label", Some("label-selector-filter"));
         check("tokenizer", Some("token-producer"));
         check("queue-scorer", Some("queue-scorer"));
         check("queue-depth-scorer", None);
