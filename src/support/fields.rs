@@ -121,13 +121,7 @@ impl Reader {
     /// A mapping that the document does not have, for what is read with its defaults alone. What is
     /// noticed is reported at `path`.
     pub fn absent(&self, path: impl Into<String>) -> Fields<'_> {
-        Fields {
-            reader: self,
-            path: path.into(),
-            map: None,
-            known: RefCell::default(),
-            anything: Cell::default(),
-        }
+        Fields { path: path.into(), map: None, ..self.root() }
     }
 
     /// Records a fault at `path`.

@@ -23,6 +23,8 @@ fn defaults_are_gos() {
     assert_eq!((args.pool_name(), args.log_level().as_str()), ("epp", "info"));
     assert_eq!((args.log_format(), args.bind_address), (LogFormat::Text, None));
     assert_eq!((args.grpc_max_recv_msg_size, args.cert_path()), (None, None));
+    assert_eq!(args.unknown_metrics, "pessimistic");
+    assert_eq!(parse(&["--unknownMetrics", "optimistic"]).unknown_metrics, "optimistic");
     assert_eq!((args.tls_min_version(), args.tls_cipher_suites().len()), (TlsVersion::Tls12, 0));
     assert_eq!((args.faults(), args.warnings()), (vec![], vec![]));
     assert!(args.default_parameters().is_empty());
@@ -194,6 +196,7 @@ fn a_bad_command_line_has_its_status() {
         &["--bind-address", "localhost"],
         &["--debug-listen", ":1"],
         &["--log-format", "yaml"],
+        &["--unknown-metrics", "hopeful"],
         &["--nonsense"],
         &["-x"],
         &["word"],
@@ -203,7 +206,14 @@ fn a_bad_command_line_has_its_status() {
         assert_eq!(Args::from_command_line(&line).unwrap_err(), EX_USAGE, "{line:?}");
     }
     assert_eq!(Args::from_command_line(["epp", "--version"]).unwrap_err(), 0);
-    assert_eq!(Args::from_command_line(["epp", "--help"]).unwrap_err(), 0);
+    let help = Args::parse_line(["epp", "--help"]).unwrap_err();
+    assert!(!help.use_stderr());
+    let text = help.to_string();
+    for part in
+        ["--grpc-port <PORT>", "--endpoint <NAME=IP:PORT[,LABEL=VALUE…]>", "--secure-serving"]
+    {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
 }
 
 #[test]

@@ -67,9 +67,9 @@ pub struct Loaded {
 /// A source of metrics and who reads what it finds.
 #[derive(Clone, Debug)]
 pub struct MetricsSource {
-    /// A plugin of type [`METRICS_SOURCE`].
+    /// A plugin of type [`METRICS_SOURCE`](super::METRICS_SOURCE).
     pub source: Configured,
-    /// Plugins of type [`METRICS_EXTRACTOR`].
+    /// Plugins of type [`METRICS_EXTRACTOR`](super::METRICS_EXTRACTOR).
     pub extractors: Vec<Configured>,
 }
 

@@ -16,7 +16,8 @@ pub(super) fn producers(producers: &[Configured]) -> Result<Vec<Configured>, Vec
         .iter()
         .enumerate()
         .map(|(reader, producer)| {
-            let reads = producer.plugin.consumes();
+            let mut reads = producer.plugin.consumes();
+            reads.extend(producer.plugin.may_consume());
             let writers = (0..producers.len()).filter(|&writer| writer != reader);
             writers.filter(|&writer| writes[writer].iter().any(|key| reads.contains(key))).collect()
         })

@@ -188,7 +188,7 @@ fn built() -> Vec<Registration> {
 }
 
 /// Known types without a file.
-const NOT_BUILT: [Registration; 57] = [
+const NOT_BUILT: [Registration; 56] = [
     // Filters.
     later("prefix-cache-affinity-filter"),
     later("slo-headroom-tier-filter"),
@@ -215,7 +215,6 @@ const NOT_BUILT: [Registration; 57] = [
     later_alpha("header-profile-handler"),
     later("always-disagg-multimodal-decider"),
     // Producers.
-    later("precise-prefix-cache-producer"),
     pending("token-producer", &["tokenizer"], Stability::Beta),
     later("predicted-latency-producer"),
     later("mm-embeddings-cache-producer"),
@@ -284,7 +283,7 @@ mod tests {
         }
         check("kv-cache-scorer", Some("kv-cache-utilization-scorer"));
         check("disagg-headers-handler", Some("prefill-header-handler"));
-        check("label-selector-filter", Some("by-label"));
+        check("by-label", Some("label-selector-filter"));
         check("tokenizer", Some("token-producer"));
         check("queue-scorer", Some("queue-scorer"));
         check("queue-depth-scorer", None);

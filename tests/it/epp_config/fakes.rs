@@ -38,6 +38,7 @@ pub(crate) struct Fake {
     pub(crate) type_name: &'static str,
     can: Vec<Can>,
     reads: Vec<DataKey>,
+    may_read: Vec<DataKey>,
     /// `value` of its parameters.
     pub(crate) value: Option<u64>,
     /// The plugins that it refers to.
@@ -47,7 +48,8 @@ pub(crate) struct Fake {
 impl Fake {
     pub(crate) fn new(type_name: &'static str, can: &[Can]) -> Self {
         let can = can.to_vec();
-        Self { type_name, can, reads: Vec::new(), value: None, refers: Vec::new() }
+        let (reads, may_read) = (Vec::new(), Vec::new());
+        Self { type_name, can, reads, may_read, value: None, refers: Vec::new() }
     }
 
     fn arc(self) -> Option<Arc<dyn Plugin>> {
@@ -90,6 +92,9 @@ impl Plugin for Fake {
     }
     fn consumes(&self) -> Vec<DataKey> {
         self.reads.clone()
+    }
+    fn may_consume(&self) -> Vec<DataKey> {
+        self.may_read.clone()
     }
 }
 
@@ -194,11 +199,16 @@ macro_rules! fake {
 
 /// The real types; where one of this release has no factory, a fake has its place.
 pub(crate) fn release() -> PluginTypes {
+    with_fakes(|known| known.factory.is_none())
+}
+
+/// The real types with fakes in the place of some.
+fn with_fakes(replaced: impl Fn(&Registration) -> bool) -> PluginTypes {
     let mut types = types();
     for fake in release_fakes() {
         let known = types.find(fake.type_name).copied();
         let known = known.unwrap_or_else(|| panic!("{} is not registered", fake.type_name));
-        if known.factory.is_none() {
+        if replaced(&known) {
             types.set(Registration { factory: fake.factory, ..known });
         }
     }
@@ -215,7 +225,7 @@ fn release_fakes() -> Vec<Registration> {
         fake!("prefill-filter", [Filter], []),
         fake!("encode-filter", [Filter], []),
         fake!(
-            "by-label",
+            "label-selector-filter",
             [Filter],
             ["label", "validValues", "allowsNoLabel", "matchLabels", "matchExpressions"]
         ),
@@ -350,9 +360,9 @@ fn readers() -> Vec<Registration> {
     ]
 }
 
-/// Types for tests of the loader itself, besides those of [`release`].
+/// Types for tests of the loader itself: fakes alone.
 pub(crate) fn with_test_types() -> PluginTypes {
-    let mut types = release();
+    let mut types = with_fakes(|_| true);
     for fake in [
         fake!("test-filter", [Filter], []),
         fake!("test-admitter", [Admit], []),
@@ -387,6 +397,7 @@ pub(crate) fn with_test_types() -> PluginTypes {
             // Prefix matches under its own name, from those of another one.
             let mut fake = Fake::new("test-producer", &[Can::ProducePrefix]);
             fake.reads.extend(params.string("reads").map(|name| DataKey::Prefix(name.into())));
+            fake.may_read.extend(params.string("mayRead").map(|name| DataKey::Prefix(name.into())));
             if params.boolean("tokens") == Some(true) {
                 fake.reads.push(DataKey::Tokens);
             }

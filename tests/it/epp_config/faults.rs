@@ -290,13 +290,6 @@ fn producers() {
              'inflight-load-producer', which has none"],
     );
     check(
-        "plugins: [{type: test-producer, name: x, parameters: {tokens: true}}]\n",
-        &[
-            "line 1: plugins[0]: plugin type 'token-producer' is not built yet (plugin 'x' reads token \
-             ids)",
-        ],
-    );
-    check(
         "plugins:\n\
          - {type: test-producer, name: in, parameters: {reads: b}}\n\
          - {type: test-producer, name: a, parameters: {reads: b}}\n\

@@ -4,13 +4,14 @@ use kv_indexer::epp::{
     args::{Args, EX_USAGE, Start},
     config::{DEFAULT_CONFIG, Loaded, Parts},
     datalayer::Endpoints,
+    plugins::Registration,
     scheduling::Configured,
 };
 use prometheus::Registry;
 use serde_json::{Value, json};
 
 use super::{
-    fakes::{Fake, release, with_test_types},
+    fakes::{Fake, with_test_types},
     load_flagged, load_with,
 };
 
@@ -186,6 +187,27 @@ fn missing_producers_are_added() {
 }
 
 #[test]
+fn token_ids_are_not_missed_while_nobody_makes_them() {
+    let loaded = loaded("plugins: [{type: test-producer, name: x, parameters: {tokens: true}}]");
+    assert_eq!(names(&loaded.producers), ["x"]);
+    let mut types = with_test_types();
+    let tokens = types.find("test-tokens").copied().unwrap();
+    types.set(Registration { type_name: "token-producer", ..tokens });
+    let text = "plugins: [{type: test-producer, name: x, parameters: {tokens: true}}]";
+    let loaded = load_with(&types, text).unwrap();
+    assert_eq!(names(&loaded.producers), ["token-producer", "x"]);
+}
+
+#[test]
+fn what_may_be_read_is_ordered_and_not_missed() {
+    let loaded = loaded(
+        "plugins: [{type: test-producer, name: x, parameters: {mayRead: y}},\
+         {type: test-producer, name: y, parameters: {mayRead: nobody}}]",
+    );
+    assert_eq!(names(&loaded.producers), ["y", "x"]);
+}
+
+#[test]
 fn producers_run_after_those_they_read() {
     let loaded = loaded(
         "plugins:\n\
@@ -340,7 +362,7 @@ fn flags_speak_for_plugins_without_parameters() {
 /// Status (`None`: it would run), standard output and error.
 fn start(line: &[&str]) -> (Option<u8>, String, String) {
     let args = Args::from_command_line([&["epp"], line].concat()).unwrap();
-    let (types, metrics) = (release(), Registry::new());
+    let (types, metrics) = (with_test_types(), Registry::new());
     let endpoints = std::sync::Arc::new(Endpoints::new());
     let parts = Parts {
         types: &types,

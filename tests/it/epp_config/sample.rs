@@ -86,11 +86,12 @@ fn its_examples_load() {
 fn it_names_every_type_of_this_release() {
     let text = sample();
     for known in release().iter().filter(|known| known.factory.is_some()) {
-        // Said where they are used, or of no use before flow control is; the index is documented apart.
-        let elsewhere = known.type_name.ends_with("-policy")
-            || known.type_name == "sglanghttp-parser"
-            || known.type_name == "precise-prefix-cache-scorer";
-        assert!(elsewhere || text.contains(known.type_name), "{} is missing", known.type_name);
+        // Policies are of no use before flow control is.
+        assert!(
+            known.type_name.ends_with("-policy") || text.contains(known.type_name),
+            "{} is missing",
+            known.type_name
+        );
     }
     assert!(types().find("queue-scorer").is_some());
 }

@@ -380,7 +380,14 @@ impl<'r> Loader<'r> {
 
     fn add_producer(&self, reader: &Configured, key: &DataKey) {
         let (producer, data) = match key {
-            DataKey::Tokens => (TOKEN_PRODUCER, "token ids"),
+            DataKey::Tokens => {
+                // While nobody makes them, who reads them estimates.
+                let producer = self.parts.types.find(TOKEN_PRODUCER);
+                if producer.is_none_or(|known| known.factory.is_none()) {
+                    return;
+                }
+                (TOKEN_PRODUCER, "token ids")
+            }
             DataKey::Prefix(name) => (&**name, "prefix matches"),
             DataKey::InFlight(name) => (&**name, "load in flight"),
         };
