@@ -26,10 +26,10 @@ use std::{
 
 use crate::{
     epp::{
-        config::{FILE_DISCOVERY, Loaded, Parts, load, units},
+        config::{FILE_DISCOVERY, Loaded, Parts, load},
         datalayer::EndpointInfo,
     },
-    support::{fields::Fault, telemetry::LogFormat},
+    support::{fields::Fault, telemetry::LogFormat, units},
 };
 use clap::{ArgAction, CommandFactory as _, Parser};
 

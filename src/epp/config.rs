@@ -27,7 +27,6 @@
 mod document;
 mod loader;
 mod order;
-pub mod units;
 
 pub use self::{
     document::{

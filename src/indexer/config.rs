@@ -295,7 +295,7 @@ fn llmd_only(root: &Fields<'_>, indexer: &Fields<'_>) -> bool {
     if root.boolean(only[0]).is_some() {
         root.warn(only[0], SPECULATION);
     }
-    if root.parsed(only[1], units::parse_go_duration).is_some() {
+    if root.parsed(only[1], units::signed_nanos).is_some() {
         root.warn(only[1], SPECULATION);
     }
     // Deployments are found that set it here; llm-d itself overlooks it.

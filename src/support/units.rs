@@ -1,4 +1,5 @@
-//! Values that are written as text: sizes, Go durations.
+//! Values that are written as text, in the notations of Go, go-humanize and Kubernetes: durations, sizes,
+//! quantities, booleans.
 
 use std::{ops::RangeInclusive, time::Duration};
 
@@ -56,46 +57,159 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     if size < u64::MAX as f64 { Ok(size as u64) } else { Err(format!("{text:?} is too large")) }
 }
 
-/// Parses a Go duration such as `2s`, `1m0s`, `1.5h`, `-300ms`; a negative one is zero.
+/// A Go duration that is not negative: `50ms`, `1m30s`, `2.5h`, `0`. Units: ns, us, µs, ms, s, m, h.
 ///
 /// # Errors
 ///
-/// In words, when `text` is no duration or too long.
-pub fn parse_go_duration(text: &str) -> Result<Duration, String> {
+/// In words, when it is no duration, negative or above 292 years, where Go's ends.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let nanos = signed_nanos(text)?;
+    u64::try_from(nanos).map(Duration::from_nanos).map_err(|_| format!("{text:?} is negative"))
+}
+
+/// A Go duration in nanoseconds, for fields where Go takes a negative one too: `-5s`.
+///
+/// # Errors
+///
+/// In words, when there is no unit, the unit is not known, or it is above 292 years, where Go's ends.
+pub fn signed_nanos(text: &str) -> Result<i64, String> {
     const UNITS: [(&str, f64); 8] = [
-        ("ns", 1e-9),
-        ("us", 1e-6),
-        ("µs", 1e-6),
-        ("μs", 1e-6),
-        ("ms", 1e-3),
-        ("s", 1.0),
-        ("m", 60.0),
-        ("h", 3600.0),
+        ("ns", 1.0),
+        ("us", 1e3),
+        ("µs", 1e3),
+        ("μs", 1e3),
+        ("ms", 1e6),
+        ("s", 1e9),
+        ("m", 60e9),
+        ("h", 3600e9),
     ];
-    let wrong = || format!("{text:?} is no duration; write it like `2s`, `1m30s` or `500ms`");
-    let (negative, mut rest) = match text.strip_prefix('-') {
-        Some(rest) => (true, rest),
-        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    let wrong = |why: &str| format!("{text:?} is no duration such as 50ms or 1m30s: {why}");
+    let (sign, mut rest) = match text.strip_prefix('-') {
+        Some(rest) => (-1, rest),
+        None => (1, text.strip_prefix('+').unwrap_or(text)),
     };
     if rest == "0" {
-        return Ok(Duration::ZERO);
+        return Ok(0);
     }
     if rest.is_empty() {
-        return Err(wrong());
+        return Err(wrong("it is empty"));
     }
-    let mut seconds = 0.0;
+    let mut nanos = 0_f64;
     while !rest.is_empty() {
-        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
         let (number, tail) = rest.split_at(end);
+        let number: f64 = number.parse().map_err(|_| wrong("a number is missing"))?;
         let end = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
         let (unit, tail) = tail.split_at(end);
-        let number: f64 = number.parse().map_err(|_| wrong())?;
-        let (_, factor) = UNITS.iter().find(|(name, _)| *name == unit).ok_or_else(wrong)?;
-        seconds += number * factor;
+        let Some((_, factor)) = UNITS.iter().find(|(known, _)| *known == unit) else {
+            let missing = unit.is_empty();
+            return Err(wrong(if missing { "the unit is missing" } else { "unknown unit" }));
+        };
+        nanos += number * factor;
         rest = tail;
     }
-    let seconds = if negative { 0.0 } else { seconds };
-    Duration::try_from_secs_f64(seconds).map_err(|_| format!("{text:?} is too long"))
+    // `i64::MAX` as a float rounds up to 2^63.
+    if nanos >= i64::MAX as f64 {
+        return Err(wrong("it is too long"));
+    }
+    Ok(sign * nanos.round() as i64)
+}
+
+/// A Kubernetes quantity as a whole number, rounded up: `1Gi`, `10k`, `1e3`, `500m` (1). Suffixes:
+/// n, u, m, k, M, G, T, P, E, Ki, Mi, Gi, Ti, Pi, Ei, or an exponent.
+///
+/// # Errors
+///
+/// In words, when it is no quantity, negative, or above 2^63 - 1.
+pub fn quantity(text: &str) -> Result<u64, String> {
+    const SUFFIXES: [(&str, f64); 15] = [
+        ("Ki", 1024.0),
+        ("Mi", 1_048_576.0),
+        ("Gi", 1_073_741_824.0),
+        ("Ti", 1_099_511_627_776.0),
+        ("Pi", 1_125_899_906_842_624.0),
+        ("Ei", 1_152_921_504_606_846_976.0),
+        ("n", 1e-9),
+        ("u", 1e-6),
+        ("m", 1e-3),
+        ("k", 1e3),
+        ("M", 1e6),
+        ("G", 1e9),
+        ("T", 1e12),
+        ("P", 1e15),
+        ("E", 1e18),
+    ];
+    let wrong = || format!("{text:?} is no quantity such as 1Gi, 10k or 500");
+    let unsigned = text.strip_prefix('+').unwrap_or(text);
+    let digits = unsigned.strip_prefix('-').unwrap_or(unsigned);
+    let end = digits.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(digits.len());
+    let (number, suffix) = digits.split_at(end);
+    // Exact as far as whole numbers go; `1.5Gi` is a float.
+    let exponent = |text: &str| text.parse::<i32>().ok().filter(|n| (-30..=30).contains(n));
+    let factor = match SUFFIXES.iter().find(|(known, _)| *known == suffix) {
+        Some(&(_, factor)) => factor,
+        None if suffix.is_empty() => 1.0,
+        None => {
+            let power = suffix.strip_prefix(['e', 'E']).and_then(exponent).ok_or_else(wrong)?;
+            10_f64.powi(power)
+        }
+    };
+    let value = match number.parse::<u64>() {
+        Ok(whole) if factor >= 1.0 => whole.checked_mul(factor as u64).ok_or_else(wrong)?,
+        _ => {
+            let number: f64 = number.parse().map_err(|_| wrong())?;
+            let value = (number * factor).ceil();
+            if value >= i64::MAX as f64 {
+                return Err(format!("{text:?} is above 2^63 - 1"));
+            }
+            value as u64
+        }
+    };
+    if value > i64::MAX as u64 {
+        return Err(format!("{text:?} is above 2^63 - 1"));
+    }
+    if unsigned.starts_with('-') && value > 0 {
+        return Err(format!("must be non-negative, got {text}"));
+    }
+    Ok(value)
+}
+
+/// A boolean as Go's `strconv.ParseBool` reads it: 1, t, T, true, TRUE, True, and 0, f, F, ….
+///
+/// # Errors
+///
+/// In words, when it is none of these.
+pub fn boolean(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err(format!("{text:?} is neither true nor false")),
+    }
+}
+
+/// [`duration`] as a value of a document.
+///
+/// # Errors
+///
+/// In words.
+pub fn duration_value(value: &Value) -> Result<Duration, String> {
+    match value {
+        Value::String(text) => duration(text),
+        other => Err(format!("expected a duration such as \"60s\", got {other}")),
+    }
+}
+
+/// [`quantity`] as a value of a document: text or number.
+///
+/// # Errors
+///
+/// In words.
+pub fn quantity_value(value: &Value) -> Result<u64, String> {
+    match value {
+        Value::String(text) => quantity(text),
+        Value::Number(number) => quantity(&number.to_string()),
+        other => Err(format!("expected a quantity such as \"1Gi\", got {other}")),
+    }
 }
 
 #[cfg(test)]
@@ -123,20 +237,75 @@ mod tests {
     }
 
     #[test]
-    fn go_durations_are_read() {
-        for (text, want) in [
-            ("2s", 2_000),
-            ("1m0s", 60_000),
-            ("1h2m3.5s", 3_723_500),
-            ("300ms", 300),
-            ("-5s", 0),
-            ("0", 0),
-            ("1500us", 1),
-        ] {
-            assert_eq!(parse_go_duration(text).map(|d| d.as_millis()), Ok(want), "{text}");
+    fn durations_are_gos() {
+        #[track_caller]
+        fn check(text: &str, want: Result<u64, &str>) {
+            match (duration(text), want) {
+                (Ok(got), Ok(micros)) => assert_eq!(got, Duration::from_micros(micros), "{text}"),
+                (Err(got), Err(part)) => assert!(got.contains(part), "{text}: {got}"),
+                (got, want) => panic!("{text}: {got:?}, not {want:?}"),
+            }
         }
-        for text in ["", "2", "s", "2 s", "2x", "1m0", "-", "99999999999999999999h"] {
-            assert!(parse_go_duration(text).is_err(), "{text}");
+        check("50ms", Ok(50_000));
+        check("1m30s", Ok(90_000_000));
+        check("1.5h", Ok(5_400_000_000));
+        check(".5s", Ok(500_000));
+        check("2us", Ok(2));
+        check("2µs", Ok(2));
+        check("0", Ok(0));
+        check("0s", Ok(0));
+        check("-0", Ok(0));
+        check("1h2m3.5s", Ok(3_723_500_000));
+        check("1s500ms", Ok(1_500_000));
+        check("+1s", Ok(1_000_000));
+        check("", Err("empty"));
+        check("5", Err("unit is missing"));
+        check("5d", Err("unknown unit"));
+        check("ms", Err("number is missing"));
+        check("1..5s", Err("number is missing"));
+        check("-1s", Err("negative"));
+        check("300000000h", Err("too long"));
+        check("1s ", Err("unknown unit"));
+        check("1 s", Err("unknown unit"));
+        check("1e3s", Err("unknown unit"));
+        check("ns1", Err("number is missing"));
+        check(".", Err("number is missing"));
+        check("+", Err("empty"));
+        check("-", Err("empty"));
+        check("1m0", Err("unit is missing"));
+        assert_eq!(signed_nanos("-1m0.5s"), Ok(-60_500_000_000));
+    }
+
+    #[test]
+    fn quantities_are_kubernetes() {
+        #[track_caller]
+        fn check(text: &str, want: Result<u64, &str>) {
+            match (quantity(text), want) {
+                (Ok(got), Ok(want)) => assert_eq!(got, want, "{text}"),
+                (Err(got), Err(part)) => assert!(got.contains(part), "{text}: {got}"),
+                (got, want) => panic!("{text}: {got:?}, not {want:?}"),
+            }
         }
+        check("1Gi", Ok(1 << 30));
+        check("10k", Ok(10_000));
+        check("1.5Ki", Ok(1536));
+        check("500", Ok(500));
+        check("0", Ok(0));
+        check("1e3", Ok(1000));
+        check("1E3", Ok(1000));
+        check("1E", Ok(1_000_000_000_000_000_000));
+        check("500m", Ok(1));
+        check("9223372036854775807", Ok(i64::MAX as u64));
+        check("9223372036854775808", Err("2^63"));
+        check("99E", Err("quantity"));
+        check("-1", Err("non-negative"));
+        check("-0", Ok(0));
+        check("1GiB", Err("no quantity"));
+        check("", Err("no quantity"));
+        check("Gi", Err("no quantity"));
+        check("1e99", Err("no quantity"));
+        assert_eq!(quantity_value(&serde_json::json!(5000)), Ok(5000));
+        assert!(quantity_value(&serde_json::json!(true)).is_err());
+        assert!(duration_value(&serde_json::json!(60)).is_err());
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::Command;
 
-use crate::epp::config::units;
+use crate::support::units;
 
 /// Rewrites every known flag as `--kebab-case=value`, and leaves everything else as it is. Also says
 /// what will be read otherwise than by the Go EPP.

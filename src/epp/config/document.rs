@@ -1,8 +1,8 @@
 //! The envelope: what a configuration says, before any plugin is built.
 
-use crate::{
-    epp::config::units::{boolean, duration_value, quantity_value},
-    support::fields::{Fields, Reader},
+use crate::support::{
+    fields::{Fields, Reader},
+    units::{boolean, duration_value, quantity_value},
 };
 
 /// More plugins, profiles, or plugins in a profile than this are a mistake, not a configuration.

@@ -48,7 +48,7 @@ use crate::{
         },
         scheduling::{Cycle, DataKey, Flight, Plugin, PreRequest, SchedulingResult, Scorer},
     },
-    support::{fields::Fields, sync::lock, units::parse_go_duration},
+    support::{fields::Fields, sync::lock, units},
 };
 
 /// What a configuration may name.
@@ -91,7 +91,7 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
         params.warn("maxBusyScore", "is not between 0 and 1: 1 is used");
     }
     let timeout = params.string(TIMEOUT).filter(|text| !text.is_empty());
-    let timeout = timeout.map(|text| match parse_go_duration(&text) {
+    let timeout = timeout.map(|text| match units::duration(&text) {
         Ok(timeout) if timeout > Duration::ZERO => timeout,
         _ => {
             params.warn(TIMEOUT, format!("{text:?} is no duration above 0: two minutes are used"));

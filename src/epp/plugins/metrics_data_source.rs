@@ -11,7 +11,7 @@ use crate::{
         datalayer::scrape::{MIN_INTERVAL, ScrapeConfig, TlsConfig},
         scheduling::Plugin,
     },
-    support::fields::Fields,
+    support::{fields::Fields, units},
 };
 
 /// The canonical type name.
@@ -123,36 +123,15 @@ fn read(params: &Fields<'_>) -> MetricsDataSource {
     }
 }
 
-/// A duration as Go writes it: numbers with units, `1m30s`. None of an empty text.
+/// None of an empty text and of zero.
 fn interval(text: &str) -> Result<Option<Duration>, String> {
-    const UNITS: [(&str, f64); 7] = [
-        ("ns", 1e-9),
-        ("us", 1e-6),
-        ("µs", 1e-6),
-        ("ms", 1e-3),
-        ("s", 1.0),
-        ("m", 60.0),
-        ("h", 3600.0),
-    ];
     if text.is_empty() {
         return Ok(None);
     }
-    let wrong = || format!("{text:?} is no duration; write it as 50ms, 1s or 1m30s");
-    let mut rest = text;
-    let mut seconds = 0.0;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
-        let number: f64 = rest[..digits].parse().map_err(|_| wrong())?;
-        rest = &rest[digits..];
-        let end = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
-        let unit = UNITS.iter().find(|(unit, _)| *unit == &rest[..end]).ok_or_else(wrong)?;
-        seconds += number * unit.1;
-        rest = &rest[end..];
-    }
-    if seconds > MAX_INTERVAL.as_secs_f64() {
+    let interval = units::duration(text)?;
+    if interval > MAX_INTERVAL {
         return Err(format!("{text:?} is more than {MAX_INTERVAL:?}"));
     }
-    let interval = Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?;
     Ok(Some(interval).filter(|interval| !interval.is_zero()))
 }
 
@@ -224,7 +203,7 @@ mod tests {
         bad("path: 'a b'", &["path: \"/a b\" is no path"]);
         bad("interval: 50", &["interval: expected a string"]);
         bad("interval: 50x", &["interval: \"50x\" is no duration"]);
-        bad("interval: -1s", &["interval: \"-1s\" is no duration"]);
+        bad("interval: -1s", &["interval: \"-1s\" is negative"]);
         bad("interval: 2h", &["interval: \"2h\" is more than"]);
         bad("{scheme: https, insecureSkipVerify: false}", &["caCertPath: missing"]);
         bad("{scheme: https, clientCertPath: a}", &["clientKeyPath: missing"]);
@@ -232,20 +211,10 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_gos() {
-        #[track_caller]
-        fn check(text: &str, millis: u64) {
-            assert_eq!(interval(text), Ok(Some(Duration::from_millis(millis))));
-        }
-        check("50ms", 50);
-        check("1.5s", 1500);
-        check("1m30s", 90_000);
-        check("1s500ms", 1500);
+    fn no_interval_is_that_of_the_flag() {
+        assert_eq!(interval("1s"), Ok(Some(Duration::from_secs(1))));
         assert_eq!(interval(""), Ok(None));
         assert_eq!(interval("0s"), Ok(None));
-        for wrong in ["s", "1", "1.2.3s", "1 s", "1e3s", "ns1"] {
-            assert!(interval(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

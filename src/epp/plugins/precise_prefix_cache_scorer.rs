@@ -32,10 +32,7 @@ use crate::{
         request::InferenceRequest,
         scheduling::{BoxFuture, Cycle, DataKey, DataProducer, Plugin, Produced, Scorer},
     },
-    support::{
-        fields::Fields,
-        units::{self, parse_go_duration},
-    },
+    support::{fields::Fields, units},
 };
 
 /// What a configuration may name.
@@ -75,7 +72,7 @@ fn read(params: &Fields<'_>) {
     params.boolean("speculativeIndexing");
     params.parsed("speculativeTTL", |text| match text {
         "" => Ok(()),
-        text => parse_go_duration(text).map(drop),
+        text => units::signed_nanos(text).map(drop),
     });
     let indexer = params.mapping("indexerConfig");
     if params.has(TOKEN_PROCESSOR) && indexer.has(TOKEN_PROCESSOR) {
@@ -124,7 +121,7 @@ fn read_index(fields: Fields<'_>) {
     }
     fields.boolean("enableMetrics");
     fields.take("metricsLoggingInterval", |value| match value {
-        Value::String(text) => parse_go_duration(text).map(drop),
+        Value::String(text) => units::signed_nanos(text).map(drop),
         // Nanoseconds, which is how Go writes a duration as JSON.
         Value::Number(number) if number.is_i64() || number.is_u64() => Ok(()),
         _ => Err("expected an integer in nanoseconds, or a duration such as `1m0s`".to_owned()),

@@ -26,7 +26,10 @@ use crate::{
         datalayer::Metrics,
         scheduling::{Cycle, Filter, Plugin},
     },
-    support::fields::{Fields, set},
+    support::{
+        fields::{Fields, set},
+        units,
+    },
 };
 
 /// The plugin's type.
@@ -77,10 +80,9 @@ impl UtilizationDetector {
         });
         set(&mut detector.kv_usage, usage);
         let staleness =
-            params.parsed("metricsStalenessThreshold", |text| match go_duration(text) {
-                Some(Duration::ZERO) => Err("must be positive".to_owned()),
-                Some(duration) => Ok(duration),
-                None => Err(format!("{text:?} is no duration such as `200ms` or `1.5s`")),
+            params.parsed("metricsStalenessThreshold", |text| match units::duration(text)? {
+                Duration::ZERO => Err("must be positive".to_owned()),
+                duration => Ok(duration),
             });
         set(&mut detector.staleness, staleness);
         set(&mut detector.headroom, params.number("headroom", 0.0));
@@ -135,38 +137,6 @@ impl Filter for UtilizationDetector {
             keep.retain(|&at| passes(at));
         }
     }
-}
-
-/// A duration as Go writes it: `1h2m3.5s`, `200ms`, `0`. `None` if it is none, or negative, or more
-/// than a Go duration holds.
-fn go_duration(text: &str) -> Option<Duration> {
-    let mut rest = text.strip_prefix('+').unwrap_or(text);
-    if rest == "0" {
-        return Some(Duration::ZERO);
-    }
-    if rest.is_empty() {
-        return None;
-    }
-    let mut seconds = 0.0;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let (number, tail) = rest.split_at(digits);
-        let unit = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
-        let (unit, tail) = tail.split_at(unit);
-        let unit = match unit {
-            "ns" => 1e-9,
-            "us" | "µs" | "μs" => 1e-6,
-            "ms" => 1e-3,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        seconds += number.parse::<f64>().ok()? * unit;
-        rest = tail;
-    }
-    let in_range = seconds <= i64::MAX as f64 * 1e-9;
-    Duration::try_from_secs_f64(seconds).ok().filter(|_| in_range)
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ impl IndexerConfig {
             fields.warn("enableMetrics", "has no effect: metrics are always on");
         }
         let interval = fields.take("metricsLoggingInterval", |value| match value {
-            Value::String(text) => units::parse_go_duration(text).map(drop),
+            Value::String(text) => units::signed_nanos(text).map(drop),
             // Nanoseconds, which is how Go writes a duration as JSON.
             Value::Number(number) if number.is_i64() || number.is_u64() => Ok(()),
             _ => Err("expected an integer in nanoseconds, or a duration such as `1m0s`".to_owned()),
