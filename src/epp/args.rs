@@ -27,13 +27,12 @@ use std::{
 use crate::{
     epp::{
         config::{FILE_DISCOVERY, Loaded, Parts, load},
-        datalayer::EndpointInfo,
+        datalayer::discovery::StaticList,
     },
     support::{fields::Fault, telemetry::LogFormat, units},
 };
 use clap::{ArgAction, CommandFactory as _, Parser};
 
-mod endpoint;
 mod judge;
 mod spelling;
 mod tls;
@@ -387,8 +386,9 @@ impl Args {
     /// # Errors
     ///
     /// Every fault.
-    pub fn endpoints(&self) -> Result<Vec<EndpointInfo>, Vec<Fault>> {
-        endpoint::parse_all(&self.endpoints)
+    pub fn endpoints(&self) -> Result<StaticList, Vec<Fault>> {
+        StaticList::parse_all(&self.endpoints)
+            .map_err(|texts| texts.into_iter().map(|text| Fault::new("--endpoint", text)).collect())
     }
 
     /// Reads the configuration and builds what it says; `parts` is completed with what flags say.

@@ -19,7 +19,7 @@ use crate::{
         config::{self, MetricsSource},
         datalayer::{
             Endpoint, EndpointWatcher, Endpoints, UnknownMetrics,
-            discovery::{Discovery, Loaded, StaticList},
+            discovery::{Discovery, Loaded},
             engines::MetricNameFlags,
             scrape::Scraper,
         },
@@ -129,7 +129,7 @@ pub async fn run(
     let scraping = Scraping::new(args, &loaded.metrics, &epp_metrics)?;
 
     let discovery: Box<dyn Discovery> = match &loaded.discovery {
-        None => Box::new(StaticList(args.endpoints().unwrap_or_default())),
+        None => Box::new(args.endpoints().unwrap_or_default()),
         Some(plugin) => Box::new(
             FileDiscoverySource::of(&*plugin.plugin)
                 .with_context(|| format!("plugin '{}' discovers no endpoints", plugin.name))?

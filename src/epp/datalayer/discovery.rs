@@ -5,6 +5,7 @@
 //! in the first complete set; before that the process is not ready.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -104,37 +105,60 @@ impl Loaded {
 pub struct StaticList(pub Vec<EndpointInfo>);
 
 impl StaticList {
-    /// Reads one endpoint: `[name=]ip:port[,label=value]…`. The name is `ip:port` when none is given.
+    /// Reads endpoints, each as [`parse`](Self::parse) does.
     ///
     /// # Errors
     ///
-    /// A sentence that names the part that is wrong.
-    pub fn parse(text: &str) -> Result<EndpointInfo, String> {
-        let mut parts = text.split(',');
-        let first = parts.next().unwrap_or_default().trim();
-        let (name, address) = first.split_once('=').unwrap_or((first, first));
-        let address: SocketAddr =
-            address.parse().map_err(|_| format!("{text:?}: {address:?} is not ip:port"))?;
-        if address.port() == 0 {
-            return Err(format!("{text:?}: port 0 is none to connect to"));
-        }
-        if name.is_empty() {
-            return Err(format!("{text:?}: the name is empty"));
-        }
-        let labels = parts
-            .map(|part| match part.split_once('=') {
-                Some((key, value)) if !key.trim().is_empty() => {
-                    Ok((key.trim().to_owned(), value.trim().to_owned()))
+    /// Every text that is no endpoint, or has the name of one before it, and why.
+    pub fn parse_all(texts: &[String]) -> Result<Self, Vec<String>> {
+        let mut endpoints: Vec<EndpointInfo> = Vec::new();
+        let mut faults = Vec::new();
+        for text in texts {
+            match Self::parse(text) {
+                Ok(endpoint) if endpoints.iter().any(|known| known.name == endpoint.name) => {
+                    let name = endpoint.name;
+                    faults.push(format!("{text:?}: there is an endpoint named {name} already"));
                 }
-                _ => Err(format!("{text:?}: {part:?} is not label=value")),
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(EndpointInfo {
-            name: EndpointName { namespace: DEFAULT_NAMESPACE.to_owned(), name: name.to_owned() },
-            address,
-            metrics_address: address,
-            labels,
-        })
+                Ok(endpoint) => endpoints.push(endpoint),
+                Err(why) => faults.push(format!("{text:?}: {why}")),
+            }
+        }
+        if faults.is_empty() { Ok(Self(endpoints)) } else { Err(faults) }
+    }
+
+    /// Reads one endpoint: `[namespace/]name=ip:port[,label=value]…`, in the namespace `default` unless
+    /// it says another.
+    ///
+    /// # Errors
+    ///
+    /// In words that name the part which is wrong.
+    pub fn parse(text: &str) -> Result<EndpointInfo, String> {
+        const FORM: &str = "must be NAME=IP:PORT, with labels such as ,llm-d.ai/role=decode";
+        let (name, rest) = text.split_once('=').ok_or(FORM)?;
+        let (namespace, name) = name.split_once('/').unwrap_or((DEFAULT_NAMESPACE, name));
+        if namespace.is_empty() || name.is_empty() || name.contains('/') {
+            return Err(format!("the name is missing; {FORM}"));
+        }
+        let mut parts = rest.split(',');
+        let address = parts.next().unwrap_or_default();
+        let address: SocketAddr =
+            address.parse().map_err(|_| format!("{address:?} is no IP:PORT; {FORM}"))?;
+        if address.port() == 0 {
+            return Err("the port must be 1 to 65535".to_owned());
+        }
+        let mut labels = BTreeMap::new();
+        for part in parts {
+            let (key, value) = part
+                .split_once('=')
+                .map(|(key, value)| (key.trim(), value.trim()))
+                .filter(|(key, _)| !key.is_empty())
+                .ok_or_else(|| format!("{part:?} is no LABEL=VALUE"))?;
+            if labels.insert(key.to_owned(), value.to_owned()).is_some() {
+                return Err(format!("label {key} is given twice"));
+            }
+        }
+        let name = EndpointName { namespace: namespace.to_owned(), name: name.to_owned() };
+        Ok(EndpointInfo { name, address, metrics_address: address, labels })
     }
 }
 

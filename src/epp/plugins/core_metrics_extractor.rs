@@ -164,7 +164,7 @@ mod tests {
     fn engine_of(text: &str, labels: &[(&str, &str)]) -> String {
         let (extractor, faults) = parse(text);
         assert_eq!(faults, [""; 0]);
-        let mut info = StaticList::parse("127.0.0.1:1").unwrap();
+        let mut info = StaticList::parse("a=127.0.0.1:1").unwrap();
         info.labels =
             labels.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect::<BTreeMap<_, _>>();
         let engines = extractor.engines(&MetricNameFlags::default()).unwrap();

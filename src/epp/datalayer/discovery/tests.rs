@@ -81,15 +81,44 @@ fn a_static_endpoint_is_read() {
     fn good(text: &str, want: &EndpointInfo) {
         assert_eq!(StaticList::parse(text).as_ref(), Ok(want));
     }
-    good("10.0.0.1:80", &info("default", "10.0.0.1:80", "10.0.0.1:80", &[]));
-    good("a=[::1]:80", &info("default", "a", "[::1]:80", &[]));
-    good(
-        "a=10.0.0.1:80,llm-d.ai/role=decode, b = c ",
-        &info("default", "a", "10.0.0.1:80", &[("llm-d.ai/role", "decode"), ("b", "c")]),
-    );
-    for wrong in ["", "a", "a=b:80", "10.0.0.1", "10.0.0.1:0", "=10.0.0.1:80", "10.0.0.1:80,x"] {
-        assert!(StaticList::parse(wrong).is_err(), "{wrong}");
+    #[track_caller]
+    fn bad(text: &str, want: &str) {
+        let error = StaticList::parse(text).unwrap_err();
+        assert!(error.contains(want), "{text}: {error}");
     }
+    good("a=127.0.0.1:8000", &info("default", "a", "127.0.0.1:8000", &[]));
+    good("10.0.0.1:80=10.0.0.1:80", &info("default", "10.0.0.1:80", "10.0.0.1:80", &[]));
+    good(
+        "ns/b=[::1]:8001,llm-d.ai/role=decode, x = y=z ",
+        &info("ns", "b", "[::1]:8001", &[("llm-d.ai/role", "decode"), ("x", "y=z")]),
+    );
+    for text in ["", "a", "10.0.0.1:80"] {
+        bad(text, "must be NAME=IP:PORT");
+    }
+    for text in ["=1.2.3.4:1", "/a=1.2.3.4:1", "a/b/c=1.2.3.4:1"] {
+        bad(text, "name is missing");
+    }
+    for text in ["a=host:1", "a=1.2.3.4", "a="] {
+        bad(text, "no IP:PORT");
+    }
+    bad("a=1.2.3.4:0", "1 to 65535");
+    for text in ["a=1.2.3.4:1,", "a=1.2.3.4:1,=x", "a=1.2.3.4:1,x"] {
+        bad(text, "no LABEL=VALUE");
+    }
+    bad("a=1.2.3.4:1,x=1,x=2", "given twice");
+}
+
+#[test]
+fn static_endpoints_have_names_of_their_own() {
+    let parse = |texts: &[&str]| {
+        StaticList::parse_all(&texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>())
+    };
+    assert_eq!(parse(&[]), Ok(StaticList::default()));
+    assert_eq!(parse(&["a=1.2.3.4:1", "ns/a=1.2.3.4:1"]).unwrap().0.len(), 2);
+    let faults = parse(&["a=1.2.3.4:1", "b", "default/a=1.2.3.4:2"]).unwrap_err();
+    assert_eq!(faults.len(), 2, "{faults:?}");
+    assert!(faults[0].starts_with("\"b\": must be"), "{faults:?}");
+    assert!(faults[1].contains("named default/a already"), "{faults:?}");
 }
 
 /// Names of the endpoints, with the numbers of their lives.

@@ -6,7 +6,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::epp::datalayer::discovery::StaticList;
+use crate::epp::datalayer::{EndpointInfo, discovery::StaticList};
 
 const LONG_PAGE: &str =
     include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/metrics/vllm-100k.prom"));
@@ -149,11 +149,16 @@ fn fast() -> ScrapeConfig {
     ScrapeConfig { floor: FAST, ceiling: 5 * FAST, timeout: 100 * FAST, ..ScrapeConfig::default() }
 }
 
+/// An endpoint that is named as its address.
+fn info(address: SocketAddr) -> EndpointInfo {
+    StaticList::parse(&format!("{address}={address}")).unwrap()
+}
+
 fn start(config: ScrapeConfig, addresses: &[SocketAddr]) -> Running {
     let scraper = Arc::new(Scraper::new(config, Engines::default()).unwrap());
     let endpoints = Arc::new(Endpoints::new());
     for address in addresses {
-        endpoints.upsert(StaticList::parse(&address.to_string()).unwrap());
+        endpoints.upsert(info(*address));
     }
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
@@ -323,7 +328,7 @@ async fn endpoints_come_and_go() {
     let second = Server::start(&mut tasks, Reply::Page(page(2))).await;
     let running = start(fast(), &[first.address]);
     eventually("the first", || running.metrics().is_known()).await;
-    running.endpoints.upsert(StaticList::parse(&second.address.to_string()).unwrap());
+    running.endpoints.upsert(info(second.address));
     eventually("the second", || second.requests() > 3).await;
     let list = running.endpoints.list();
     let gone = list.iter().find(|endpoint| endpoint.info().address == first.address).unwrap();
