@@ -28,6 +28,7 @@ use crate::{
     epp::{
         config::{FILE_DISCOVERY, Loaded, Parts, load},
         datalayer::discovery::StaticList,
+        server::tls::{self, CipherSuites, TlsVersion},
     },
     support::{fields::Fault, telemetry::LogFormat, units},
 };
@@ -35,9 +36,6 @@ use clap::{ArgAction, CommandFactory as _, Parser};
 
 mod judge;
 mod spelling;
-mod tls;
-
-pub use self::tls::TlsVersion;
 
 /// Exit status for a bad command line or configuration (`EX_USAGE` of sysexits).
 pub const EX_USAGE: u8 = 64;
@@ -126,11 +124,12 @@ pub struct Args {
         default_value_t = false, action = ArgAction::Set, value_parser = units::boolean, value_name = "BOOL")]
     pub enable_cert_reload: bool,
     /// Lowest version of TLS: VersionTLS12 or VersionTLS13.
-    #[arg(long, value_name = "VERSION")]
-    pub tls_min_version: Option<String>,
+    #[arg(long, value_name = "VERSION", default_value = "VersionTLS12", value_parser = tls::version)]
+    pub tls_min_version: TlsVersion,
     /// Cipher suites, by their IANA names, separated by commas.
-    #[arg(long, value_name = "NAMES")]
-    pub tls_cipher_suites: Option<String>,
+    #[arg(long, value_name = "NAMES", default_value = "", hide_default_value = true,
+        value_parser = tls::cipher_suites)]
+    pub tls_cipher_suites: CipherSuites,
     /// Serve gRPC health on the port of ext_proc, too.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
         default_value_t = false, action = ArgAction::Set, value_parser = units::boolean, value_name = "BOOL")]
@@ -305,8 +304,6 @@ impl Args {
             &mut self.endpoint_selector,
             &mut self.endpoint_target_ports,
             &mut self.cert_path,
-            &mut self.tls_min_version,
-            &mut self.tls_cipher_suites,
             &mut self.metrics_client_ca_file,
             &mut self.metrics_cert_dir,
             &mut self.kubeconfig,
@@ -339,20 +336,6 @@ impl Args {
     #[must_use]
     pub fn cert_path(&self) -> Option<&Path> {
         self.cert_path.as_deref().map(Path::new)
-    }
-
-    /// The lowest version of TLS.
-    #[must_use]
-    pub fn tls_min_version(&self) -> TlsVersion {
-        let version = self.tls_min_version.as_deref().and_then(|name| tls::version(name).ok());
-        version.map_or(TlsVersion::Tls12, |(version, _)| version)
-    }
-
-    /// The IANA names of the cipher suites that may be used and are built in; empty = all.
-    #[must_use]
-    pub fn tls_cipher_suites(&self) -> Vec<&'static str> {
-        let suites = self.tls_cipher_suites.as_deref().map(tls::suites);
-        suites.map_or_else(Vec::new, |suites| suites.usable)
     }
 
     /// How log lines look.

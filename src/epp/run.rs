@@ -301,8 +301,8 @@ fn tls(
     }
     let options = TlsOptions {
         cert_path: args.cert_path().map(Path::to_owned),
-        min_version: args.tls_min_version.clone().unwrap_or_default(),
-        cipher_suites: args.tls_cipher_suites().into_iter().map(str::to_owned).collect(),
+        min_version: args.tls_min_version,
+        cipher_suites: args.tls_cipher_suites.usable.clone(),
     };
     let certificate = Certificate::new(&options).context("--cert-path")?;
     if args.enable_cert_reload && options.cert_path.is_some() {

@@ -2,9 +2,12 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Args, MIN_REFRESH, tls};
+use super::{Args, MIN_REFRESH};
 use crate::{
-    epp::config::{METRICS_EXTRACTOR, METRICS_SOURCE},
+    epp::{
+        config::{METRICS_EXTRACTOR, METRICS_SOURCE},
+        server::tls::TlsVersion,
+    },
     support::fields::Fault,
 };
 
@@ -28,18 +31,6 @@ impl Args {
         if self.metrics_client_ca_file.is_some() && self.metrics_cert_dir.is_none() {
             let text = r#""metrics-client-ca-file" requires "metrics-cert-dir""#;
             fault("--metrics-client-ca-file", text);
-        }
-        if let Some(Err(text)) = self.tls_min_version.as_deref().map(tls::version) {
-            fault("--tls-min-version", &text);
-        }
-        if let Some(suites) = self.tls_cipher_suites.as_deref().map(tls::suites) {
-            for unknown in &suites.unknown {
-                fault("--tls-cipher-suites", &format!("unknown cipher suite {unknown:?}"));
-            }
-            if suites.usable.is_empty() && suites.unknown.is_empty() {
-                let text = format!("none of these is built in: {}", tls::BUILT_IN.join(", "));
-                fault("--tls-cipher-suites", &text);
-            }
         }
         if self.debug_listen.is_some_and(|address| !address.ip().is_loopback()) {
             let text = "is no loopback address: debug routes are for this machine alone";
@@ -149,13 +140,12 @@ impl Args {
             self.cert_path.is_some() && !self.secure_serving,
             "has no effect with --secure-serving=false",
         );
-        let lifted = self.tls_min_version.as_deref().map(tls::version);
         warn(
             "tls-min-version",
-            matches!(lifted, Some(Ok((_, true)))),
+            self.tls_min_version == TlsVersion::Older,
             "is not built in; VersionTLS12 is taken",
         );
-        for name in self.tls_cipher_suites.as_deref().map(tls::suites).unwrap_or_default().others {
+        for name in &self.tls_cipher_suites.left_out {
             warn("tls-cipher-suites", true, &format!("{name} is not built in and left out"));
         }
         let zap = "has no effect: logs are not written by zap";

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use prometheus::IntCounter;
 use tokio_rustls::rustls::{
-    self, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion,
+    self, CipherSuite, ServerConfig, SupportedProtocolVersion,
     crypto::{CryptoProvider, ring},
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _},
     server::{ClientHello, ResolvesServerCert},
@@ -20,6 +20,10 @@ use tokio_rustls::rustls::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+mod names;
+
+pub use self::names::{CipherSuites, TlsVersion, cipher_suites, version};
+
 /// How often the files are looked at.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -28,30 +32,16 @@ const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 pub struct TlsOptions {
     /// Directory with `tls.crt` (chain) and `tls.key`, both PEM. `None`: self-signed.
     pub cert_path: Option<PathBuf>,
-    /// Lowest version, with Go's names: `VersionTLS10` to `VersionTLS13`. Below 1.2 means 1.2. Empty:
-    /// 1.2.
-    pub min_version: String,
-    /// Cipher suites of TLS 1.2, with Go's names; those of 1.3 cannot be chosen. Empty: all.
-    pub cipher_suites: Vec<String>,
+    /// Lowest version.
+    pub min_version: TlsVersion,
+    /// Cipher suites of TLS 1.2; those of 1.3 cannot be chosen. Empty: all.
+    pub cipher_suites: Vec<CipherSuite>,
 }
 
 /// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TlsError {
-    /// `min_version` is no version.
-    #[error(
-        "unknown TLS version {0:?}; known are VersionTLS10, VersionTLS11, VersionTLS12, VersionTLS13"
-    )]
-    Version(String),
-    /// A name of `cipher_suites` is none, or one that is not offered.
-    #[error("unsupported cipher suite {name:?}; supported are {}", .known.join(", "))]
-    CipherSuite {
-        /// What was given.
-        name: String,
-        /// What can be given.
-        known: Vec<String>,
-    },
     /// A file cannot be read.
     #[error("reading {path}")]
     Read {
@@ -228,15 +218,14 @@ fn self_signed() -> Result<CertifiedKey, TlsError> {
 ///
 /// # Errors
 ///
-/// When a version or cipher suite is unknown, or the two leave nothing to agree on.
+/// When version and cipher suites leave nothing to agree on.
 pub fn server_config(
     options: &TlsOptions,
     certificate: Certificate,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let versions = versions(&options.min_version)?;
-    let provider = provider(&options.cipher_suites)?;
+    let provider = provider(&options.cipher_suites);
     let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
-        .with_protocol_versions(versions)
+        .with_protocol_versions(versions(options.min_version))
         .map_err(|error| TlsError::Setup(error.to_string()))?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(certificate));
@@ -244,40 +233,19 @@ pub fn server_config(
     Ok(Arc::new(config))
 }
 
-fn versions(min: &str) -> Result<&'static [&'static SupportedProtocolVersion], TlsError> {
+fn versions(min: TlsVersion) -> &'static [&'static SupportedProtocolVersion] {
     static FROM_12: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
     static FROM_13: [&SupportedProtocolVersion; 1] = [&TLS13];
     match min {
-        "" | "VersionTLS10" | "VersionTLS11" | "VersionTLS12" => Ok(&FROM_12),
-        "VersionTLS13" => Ok(&FROM_13),
-        other => Err(TlsError::Version(other.to_owned())),
+        TlsVersion::Older | TlsVersion::Tls12 => &FROM_12,
+        TlsVersion::Tls13 => &FROM_13,
     }
 }
 
-/// Go's name of a cipher suite: its IANA name.
-fn go_name(suite: &SupportedCipherSuite) -> String {
-    let name = format!("{:?}", suite.suite());
-    match name.strip_prefix("TLS13_") {
-        Some(rest) => format!("TLS_{rest}"),
-        None => name,
-    }
-}
-
-fn provider(names: &[String]) -> Result<CryptoProvider, TlsError> {
+fn provider(chosen: &[CipherSuite]) -> CryptoProvider {
     let mut provider = ring::default_provider();
-    if names.is_empty() {
-        return Ok(provider);
-    }
-    let known: Vec<String> = provider.cipher_suites.iter().map(go_name).collect();
-    // Go knows the ChaCha suites of TLS 1.2 by a shorter name too.
-    let is = |known: &str, name: &str| {
-        known == name || known.strip_suffix("_SHA256") == Some(name) && name.ends_with("POLY1305")
-    };
-    if let Some(name) = names.iter().find(|name| !known.iter().any(|known| is(known, name))) {
-        return Err(TlsError::CipherSuite { name: name.clone(), known });
-    }
     provider.cipher_suites.retain(|suite| {
-        suite.tls13().is_some() || names.iter().any(|name| is(&go_name(suite), name))
+        chosen.is_empty() || suite.tls13().is_some() || chosen.contains(&suite.suite())
     });
-    Ok(provider)
+    provider
 }
