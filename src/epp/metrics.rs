@@ -45,7 +45,7 @@ mod histogram;
 mod picks;
 mod requests;
 
-pub use self::requests::{ErrorCode, Outcome, RequestLabels, RequestMetrics, Running, Usage};
+pub use self::requests::{ErrorCode, Outcome, RequestLabels, RequestMetrics, Running};
 use self::{
     family::Family,
     histogram::Histogram,

@@ -21,7 +21,7 @@ use crate::{
     epp::{
         director::{Decision, Director, Transit},
         ext_proc::{Ask, Exchange, ExchangeConfig, Facts, Phase, Replies, headers::HeaderEdits},
-        metrics::{EppMetrics, ErrorCode, Outcome, StreamGuard, Usage},
+        metrics::{EppMetrics, ErrorCode, Outcome, StreamGuard},
     },
     proto::ext_proc::{
         ProcessingRequest, ProcessingResponse, external_processor_server::ExternalProcessor,
@@ -227,16 +227,11 @@ impl Session {
 
 impl Clock {
     fn outcome(&self, facts: &Facts) -> Outcome {
-        let usage = facts.usage.unwrap_or_default();
         Outcome {
             duration: self.received.elapsed(),
             ttft: self.first_chunk.map(|first| first.duration_since(self.received)),
             streaming: facts.streaming,
-            usage: Usage {
-                prompt: usage.prompt,
-                completion: usage.completion,
-                cached: usage.cached,
-            },
+            usage: facts.usage.unwrap_or_default(),
             response_bytes: facts.response_bytes,
         }
     }

@@ -35,7 +35,10 @@ use super::{
     family::Family,
     histogram::{self, Counts, Histogram},
 };
-use crate::{epp::director::RefusalCode, support::sync::lock};
+use crate::{
+    epp::{director::RefusalCode, ext_proc::Usage},
+    support::sync::lock,
+};
 
 /// The value of a label that stands for all that had no room.
 const OTHER: &str = "other";
@@ -257,17 +260,6 @@ impl ErrorCode {
     }
 }
 
-/// Tokens that the model server reported; zeros were not reported.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt: u64,
-    /// Tokens of the answer.
-    pub completion: u64,
-    /// Tokens of the prompt that a cache held; `None` = the model server does not say.
-    pub cached: Option<u64>,
-}
-
 /// How a response that came to its end went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
@@ -277,7 +269,7 @@ pub struct Outcome {
     pub ttft: Option<Duration>,
     /// Did the client ask for a stream?
     pub streaming: bool,
-    /// What the model server reported.
+    /// What the model server reported; zeros were not reported.
     pub usage: Usage,
     /// Bytes of the response's body.
     pub response_bytes: u64,

@@ -7,7 +7,10 @@ use std::{
 
 use super::*;
 use crate::{
-    epp::datalayer::{EndpointInfo, EndpointName, Metrics},
+    epp::{
+        datalayer::{EndpointInfo, EndpointName, Metrics},
+        ext_proc::Usage,
+    },
     support::metrics::encode,
 };
 
@@ -47,7 +50,7 @@ fn outcome() -> Outcome {
         duration: millis(2100),
         ttft: Some(millis(100)),
         streaming: true,
-        usage: Usage { prompt: 1000, completion: 21, cached: Some(512) },
+        usage: Usage { prompt: 1000, completion: 21, total: 1021, cached: Some(512) },
         response_bytes: 32_778,
     }
 }
