@@ -12,8 +12,8 @@
 //!
 //! `length` is the prompt in bytes as the body has it: text without its quotes, messages with all
 //! their JSON. The blocks are those that the plugin `prefixPluginName` (default
-//! `prefix-cache-scorer`) matched; `block` is `hashBlockSize` (bytes), or, where it is not given, what
-//! that plugin counts in. If it matched nothing known, nothing is cached. The Go handler subtracts 1
+//! `prefix-cache-scorer`) matched; `block` is `hashBlockSize` (bytes), or, where it is not given, four
+//! bytes for each token of a block of that plugin. If it matched nothing known, nothing is cached. The Go handler subtracts 1
 //! from the blocks because the first one once stood for the model's name; it has not since Gateway API
 //! Inference Extension 1.1, so that this would take a cached block for an uncached one.
 //!
@@ -31,6 +31,7 @@ use std::sync::Arc;
 use super::{
     Building, Registration, Stability,
     disagg_profile_handler::{decider, decode_and_prefill, pending, primary_port, set_rank_header},
+    prefix::BYTES_PER_TOKEN,
 };
 use crate::{
     epp::{
@@ -131,7 +132,8 @@ impl Rule {
             Self::Threshold { least, plugin, block } => {
                 let cached = cycle.produced.prefix(plugin).map_or(0, |matches| {
                     let blocks = matches.matched.get(decode).copied().unwrap_or_default();
-                    u64::from(blocks) * u64::from(block.unwrap_or(matches.block))
+                    let of_matches = u64::from(matches.block) * BYTES_PER_TOKEN as u64;
+                    u64::from(blocks) * block.map_or(of_matches, u64::from)
                 });
                 prompt_bytes(cycle.request).saturating_sub(cached) >= *least
             }

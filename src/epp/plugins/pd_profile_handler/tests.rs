@@ -32,12 +32,12 @@ fn profiles() -> Vec<SchedulingProfile> {
     ]
 }
 
-/// One pod that decodes and one that prefills; the former holds `cached` blocks of 64 bytes.
+/// One pod that decodes and one that prefills; the former holds `cached` blocks of 16 tokens.
 fn rig(prompt: &str, cached: Option<u32>) -> Rig {
     let mut rig = Rig::labelled(&[&[(ROLE_LABEL, "decode")], &[(ROLE_LABEL, "prefill")]]);
     rig.request = request("model", prompt);
     if let Some(cached) = cached {
-        let matches = PrefixMatches { total: 10, block: 64, matched: vec![cached, 10] };
+        let matches = PrefixMatches { total: 10, block: 16, matched: vec![cached, 10] };
         rig.produced.set_prefix(&"prefix-cache-scorer".into(), matches);
     }
     rig
@@ -82,7 +82,7 @@ fn uncached_characters_decide() {
     // Nothing known: nothing cached.
     check(rule(200, 50), 200, None,    true);
     check(rule(201, 50), 200, None,    false);
-    // The block of whoever matched.
+    // The block of whoever matched, 64 bytes.
     check(json!({"threshold": 72}), 200, Some(2), true);
     check(json!({"threshold": 73}), 200, Some(2), false);
     let other = json!({"threshold": 10, "prefixPluginName": "mine"});
