@@ -50,9 +50,7 @@ mod tests;
 pub use self::{
     estimate::estimate_tokens,
     json::JsonError,
-    parsers::{
-        DEFAULT_PARSERS, ParseError, ParserKind, ParserListError, Parsers, Route, request_path,
-    },
+    parsers::{DEFAULT_PARSERS, ParseError, ParserKind, Parsers, Route, request_path},
     splice::splice_model,
 };
 

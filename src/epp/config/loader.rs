@@ -14,6 +14,7 @@ use crate::{
     epp::{
         datalayer::Endpoints,
         plugins::{Building, PluginTypes, Registration, Stability, deprecation},
+        request::ParserKind,
         scheduling::{Configured, Plugin, SchedulingProfile},
     },
     support::fields::{Document, Fault, Fields, Reader, closest},
@@ -52,8 +53,8 @@ pub struct Loaded {
     pub admitters: Vec<Configured>,
     /// Plugins with [`Plugin::pre_request`], in order.
     pub pre_requests: Vec<Configured>,
-    /// Canonical type names of the parsers, in the order in which they are asked; at least one.
-    pub parsers: Vec<&'static str>,
+    /// The parsers, in the order in which they are asked; at least one.
+    pub parsers: Vec<ParserKind>,
     /// `dataLayer.discovery`.
     pub discovery: Option<Configured>,
     /// What is scraped; empty = nothing.
@@ -101,7 +102,7 @@ impl Loaded {
             "producers": names(&self.producers),
             "admitters": names(&self.admitters),
             "preRequests": names(&self.pre_requests),
-            "parsers": self.parsers,
+            "parsers": self.parsers.iter().map(|kind| kind.type_name()).collect::<Vec<_>>(),
             "discovery": self.discovery.as_ref().map(name),
             "metricsSources": self.metrics.iter().map(|metrics| json!({
                 "name": name(&metrics.source),

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 
-use super::{Api, Parsed, Parsers, Route, estimate_tokens, splice_model};
+use super::{Api, Parsed, ParserKind, Parsers, Route, estimate_tokens, splice_model};
 
 /// APIs by the first byte of the fuzzer's data.
 const APIS: [&str; 10] = [
@@ -26,14 +26,10 @@ const APIS: [&str; 10] = [
 /// If it does not.
 pub fn body_is_total(data: &[u8]) {
     let Some((choice, body)) = data.split_first() else { return };
-    let parsers = Parsers::new(&[
-        "openai-parser",
-        "anthropic-parser",
-        "vllmhttp-parser",
-        "sglanghttp-parser",
-    ]);
+    // All but the one that takes every path.
+    let parsers = Parsers::new(&ParserKind::ALL[..4]);
     let path = APIS[usize::from(*choice) % APIS.len()];
-    let route = parsers.ok().and_then(|parsers| parsers.route(path).ok());
+    let route = parsers.route(path).ok();
     assert!(route.is_some(), "{path} is served");
     let Some(route) = route else { return };
     let body = Bytes::copy_from_slice(body);

@@ -21,13 +21,19 @@ pub enum ParserKind {
 }
 
 /// The parsers of a configuration that names none.
-pub const DEFAULT_PARSERS: [&str; 4] =
-    ["openai-parser", "anthropic-parser", "vllmhttp-parser", "passthrough-parser"];
+pub const DEFAULT_PARSERS: [ParserKind; 4] =
+    [ParserKind::OpenAi, ParserKind::Anthropic, ParserKind::VllmHttp, ParserKind::Passthrough];
 
 impl ParserKind {
     /// All parsers.
     pub const ALL: [Self; 5] =
         [Self::OpenAi, Self::Anthropic, Self::VllmHttp, Self::SglangHttp, Self::Passthrough];
+
+    /// The parser of a plugin type; `None` = the type is no parser, or one that is not built.
+    #[must_use]
+    pub fn of_type(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.type_name() == name)
+    }
 
     /// The name of the plugin type.
     #[must_use]
@@ -62,17 +68,6 @@ impl ParserKind {
             Self::Passthrough => &[],
         }
     }
-}
-
-/// Why a list of parsers is not usable.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ParserListError {
-    /// No parser has this name.
-    #[error("plugin type '{0}' is no parser")]
-    Unknown(String),
-    /// A parser of the Go EPP that is not built here.
-    #[error("parser '{0}' is not supported")]
-    Unsupported(String),
 }
 
 /// Why a request has no answer but 400.
@@ -119,37 +114,23 @@ pub struct Parsers {
 impl Default for Parsers {
     /// [`DEFAULT_PARSERS`].
     fn default() -> Self {
-        let claiming = vec![ParserKind::OpenAi, ParserKind::Anthropic, ParserKind::VllmHttp];
-        Self { claiming, fallback: true }
+        Self::new(&DEFAULT_PARSERS)
     }
 }
 
 impl Parsers {
-    /// The parsers of these plugin types. One that is named again, and all after the passthrough
-    /// parser, are without effect, as in Go.
-    ///
-    /// # Errors
-    ///
-    /// A name that is no parser's, or that of a parser which is not built (`vllmgrpc-parser`,
-    /// `vertexai-parser`).
-    pub fn new<S: AsRef<str>>(names: &[S]) -> Result<Self, ParserListError> {
-        let mut parsers = Self { claiming: Vec::new(), fallback: false };
-        for name in names.iter().map(AsRef::as_ref) {
-            let kind = ParserKind::ALL.into_iter().find(|kind| kind.type_name() == name);
-            match (kind, name) {
-                (Some(ParserKind::Passthrough), _) => parsers.fallback = true,
-                (Some(kind), _) => {
-                    if !parsers.fallback && !parsers.claiming.contains(&kind) {
-                        parsers.claiming.push(kind);
-                    }
-                }
-                (None, "vllmgrpc-parser" | "vertexai-parser") => {
-                    return Err(ParserListError::Unsupported(name.to_owned()));
-                }
-                (None, _) => return Err(ParserListError::Unknown(name.to_owned())),
+    /// These parsers. One that is named again, and all after the passthrough parser, are without
+    /// effect, as in Go.
+    #[must_use]
+    pub fn new(kinds: &[ParserKind]) -> Self {
+        let before = kinds.iter().position(|&kind| kind == ParserKind::Passthrough);
+        let mut claiming = Vec::new();
+        for &kind in &kinds[..before.unwrap_or(kinds.len())] {
+            if !claiming.contains(&kind) {
+                claiming.push(kind);
             }
         }
-        Ok(parsers)
+        Self { claiming, fallback: before.is_some() }
     }
 
     /// The parser and API of a path; a query is ignored. The longest end that a parser claims wins,

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 
 use super::{
-    Api, ParseError, Parsed, ParserKind, ParserListError, Parsers, PromptForm, Route,
-    estimate_tokens, fuzz, request_path, splice_model,
+    Api, ParseError, Parsed, ParserKind, Parsers, PromptForm, Route, estimate_tokens, fuzz,
+    request_path, splice_model,
 };
 use crate::epp::ext_proc::headers::HeaderList;
 
@@ -13,8 +13,8 @@ mod prompts;
 mod properties;
 
 /// All parsers that are built, but for the one that takes the rest.
-const ALL: [&str; 4] =
-    ["openai-parser", "anthropic-parser", "vllmhttp-parser", "sglanghttp-parser"];
+const ALL: [ParserKind; 4] =
+    [ParserKind::OpenAi, ParserKind::Anthropic, ParserKind::VllmHttp, ParserKind::SglangHttp];
 
 fn headers(path: &str) -> HeaderList {
     HeaderList::from_pairs([(":path".to_owned(), Bytes::copy_from_slice(path.as_bytes()))])
@@ -22,7 +22,7 @@ fn headers(path: &str) -> HeaderList {
 
 /// Reads a body as the API of a path.
 fn parse(path: &str, body: &[u8]) -> Result<Parsed, ParseError> {
-    Parsers::new(&ALL).unwrap().parse(&headers(path), body)
+    Parsers::new(&ALL).parse(&headers(path), body)
 }
 
 #[track_caller]
@@ -33,8 +33,8 @@ fn parsed(path: &str, body: &str) -> Parsed {
 #[test]
 fn paths_lead_to_apis() {
     #[track_caller]
-    fn check(parsers: &[&str], path: &str, want: Result<(ParserKind, Api), &str>) {
-        let route = Parsers::new(parsers).unwrap().route(path).map_err(|error| error.to_string());
+    fn check(parsers: &[ParserKind], path: &str, want: Result<(ParserKind, Api), &str>) {
+        let route = Parsers::new(parsers).route(path).map_err(|error| error.to_string());
         let want = want.map(|(parser, api)| Route { parser, api }).map_err(str::to_owned);
         assert_eq!(route, want, "{path}");
     }
@@ -44,7 +44,7 @@ fn paths_lead_to_apis() {
     };
     use ParserKind::{Anthropic, OpenAi, Passthrough, SglangHttp, VllmHttp};
     let default = super::DEFAULT_PARSERS.as_slice();
-    assert_eq!(Parsers::new(default).unwrap(), Parsers::default());
+    assert_eq!(Parsers::new(default), Parsers::default());
     for (path, parser, api) in [
         ("/v1/completions", OpenAi, Completions),
         ("completions", OpenAi, Completions),
@@ -73,13 +73,9 @@ fn paths_lead_to_apis() {
     check(&ALL, "/generate", Ok((SglangHttp, SglangGenerate)));
     check(&ALL, "/generate/", Ok((SglangHttp, SglangGenerate)));
     // The longest end wins, whatever the order.
+    check(&[SglangHttp, VllmHttp], "/inference/v1/generate", Ok((VllmHttp, Generate)));
     check(
-        &["sglanghttp-parser", "vllmhttp-parser"],
-        "/inference/v1/generate",
-        Ok((VllmHttp, Generate)),
-    );
-    check(
-        &["anthropic-parser"],
+        &[Anthropic],
         "/v1/completions",
         Err("no parser registered matching path suffix for: /v1/completions"),
     );
@@ -93,18 +89,17 @@ fn paths_lead_to_apis() {
     check(&ALL, "/inference/v1/generate/", Err("unsupported path: /inference/v1/generate/"));
     check(&ALL, "/v1/messages/", Err("unsupported API endpoint: /v1/messages/"));
     // Nothing counts after the parser that takes the rest, or a second time.
-    check(&["passthrough-parser", "openai-parser"], "/v1/completions", Ok((Passthrough, Raw)));
-    check(&["openai-parser", "openai-parser"], "/v1/completions", Ok((OpenAi, Completions)));
+    check(&[Passthrough, OpenAi], "/v1/completions", Ok((Passthrough, Raw)));
+    check(&[OpenAi, OpenAi], "/v1/completions", Ok((OpenAi, Completions)));
 }
 
 #[test]
-fn lists_of_parsers_are_checked() {
-    let unknown = Parsers::new(&["openai-parser", "queue-scorer"]).unwrap_err();
-    assert_eq!(unknown, ParserListError::Unknown("queue-scorer".to_owned()));
-    for name in ["vllmgrpc-parser", "vertexai-parser"] {
-        let error = Parsers::new(&[name]).unwrap_err();
-        assert_eq!(error, ParserListError::Unsupported(name.to_owned()));
-        assert!(error.to_string().contains(name));
+fn parsers_are_found_by_their_types() {
+    for kind in ParserKind::ALL {
+        assert_eq!(ParserKind::of_type(kind.type_name()), Some(kind));
+    }
+    for name in ["queue-scorer", "vllmgrpc-parser", "vertexai-parser", ""] {
+        assert_eq!(ParserKind::of_type(name), None, "{name}");
     }
 }
 

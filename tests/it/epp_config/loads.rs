@@ -5,13 +5,14 @@ use kv_indexer::epp::{
     config::{DEFAULT_CONFIG, Loaded, Parts},
     datalayer::Endpoints,
     plugins::Registration,
+    request::{DEFAULT_PARSERS, ParserKind},
     scheduling::Configured,
 };
 use prometheus::Registry;
 use serde_json::{Value, json};
 
 use super::{
-    fakes::{Fake, with_test_types},
+    fakes::{Fake, release, with_test_types},
     load_flagged, load_with,
 };
 
@@ -58,10 +59,7 @@ fn nothing_is_the_default() {
         assert_eq!(&*loaded.handler.name, "single-profile-handler");
         assert_eq!(names(&loaded.producers), ["approx-prefix-cache-producer"]);
         assert_eq!(names(&loaded.pre_requests), ["approx-prefix-cache-producer"]);
-        assert_eq!(
-            loaded.parsers,
-            ["openai-parser", "anthropic-parser", "vllmhttp-parser", "passthrough-parser"]
-        );
+        assert_eq!(loaded.parsers, DEFAULT_PARSERS);
         assert_eq!(loaded.metrics.len(), 1);
         assert_eq!(&*loaded.metrics[0].source.name, "metrics-data-source");
         assert_eq!(names(&loaded.metrics[0].extractors), ["core-metrics-extractor"]);
@@ -208,6 +206,23 @@ fn what_may_be_read_is_ordered_and_not_missed() {
 }
 
 #[test]
+fn load_in_flight_is_counted_after_the_prefix_matches_that_it_may_read() {
+    #[track_caller]
+    fn check(plugins: &[&str], want: &[&str]) {
+        let plugins: Vec<String> =
+            plugins.iter().map(|plugin| format!("{{type: {plugin}}}")).collect();
+        let text = format!("plugins: [{}]", plugins.join(", "));
+        assert_eq!(names(&load_with(&release(), &text).unwrap().producers), want, "{text}");
+    }
+    const LOAD: &str = "inflight-load-producer";
+    const PREFIX: &str = "approx-prefix-cache-producer";
+    check(&[LOAD, PREFIX], &[PREFIX, LOAD]);
+    check(&[PREFIX, LOAD], &[PREFIX, LOAD]);
+    // Nobody needs the matches, so nobody makes them.
+    check(&[LOAD], &[LOAD]);
+}
+
+#[test]
 fn producers_run_after_those_they_read() {
     let loaded = loaded(
         "plugins:\n\
@@ -238,7 +253,7 @@ fn old_names_and_sections_load_with_a_warning() {
     );
     check_profile(&loaded, 0, ("p", &["test-old"], &[("kv-cache-scorer", 1.0)], "random-picker"));
     assert_eq!(loaded.plugins[0].plugin.type_name(), "kv-cache-utilization-scorer");
-    assert_eq!(loaded.parsers, ["openai-parser"]);
+    assert_eq!(loaded.parsers, [ParserKind::OpenAi]);
     assert_eq!(loaded.discovery.as_ref().map(|it| &*it.name), Some("file-discovery"));
     check_warnings(
         &loaded,
@@ -297,7 +312,7 @@ fn parsers_are_taken_in_order_and_nothing_is_added() {
          parser: {pluginRef: anthropic-parser}\n\
          requestHandler: {parsers: [{pluginRef: sglanghttp-parser}, {pluginRef: raw}]}\n",
     );
-    assert_eq!(loaded.parsers, ["sglanghttp-parser", "passthrough-parser"]);
+    assert_eq!(loaded.parsers, [ParserKind::SglangHttp, ParserKind::Passthrough]);
 }
 
 #[test]

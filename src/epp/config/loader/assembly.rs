@@ -9,6 +9,7 @@ use crate::epp::{
         DataLayer, FILE_DISCOVERY, METRICS_EXTRACTOR, METRICS_SOURCE, ProfileSpec, Reference,
         Saturation, order::produced,
     },
+    request::{DEFAULT_PARSERS, ParserKind},
     scheduling::{Configured, DataKey, SchedulingProfile},
 };
 
@@ -18,20 +19,8 @@ const DEFAULT_PICKER: &str = "max-score-picker";
 const DEFAULT_DETECTOR: &str = "utilization-detector";
 /// Makes token ids where somebody reads them.
 const TOKEN_PRODUCER: &str = "token-producer";
-/// Parsers without a configured list, the last one for what no other takes.
-const DEFAULT_PARSERS: [&str; 4] =
-    ["openai-parser", "anthropic-parser", "vllmhttp-parser", "passthrough-parser"];
 
 /// Types by what they are good for, where [`Plugin`] does not say it.
-const PARSERS: [&str; 7] = [
-    "openai-parser",
-    "anthropic-parser",
-    "vllmhttp-parser",
-    "sglanghttp-parser",
-    "passthrough-parser",
-    "vllmgrpc-parser",
-    "vertexai-parser",
-];
 const DETECTORS: [&str; 2] = [DEFAULT_DETECTOR, "concurrency-detector"];
 const SOURCES: [&str; 5] = [
     METRICS_SOURCE,
@@ -218,13 +207,13 @@ impl<'r> Loader<'r> {
         }
     }
 
-    pub(super) fn parsers(&self, references: &[Reference]) -> Vec<&'static str> {
+    pub(super) fn parsers(&self, references: &[Reference]) -> Vec<ParserKind> {
         let mut parsers = Vec::new();
         if references.is_empty() {
             let at = "requestHandler.parsers";
-            for name in DEFAULT_PARSERS {
-                let parser = self.default_of(name, at, "no parsers are configured");
-                parsers.extend(parser.map(|parser| parser.plugin.type_name()));
+            for kind in DEFAULT_PARSERS {
+                let parser = self.default_of(kind.type_name(), at, "no parsers are configured");
+                parsers.extend(parser.map(|_| kind));
             }
             return parsers;
         }
@@ -245,11 +234,12 @@ impl<'r> Loader<'r> {
                 Found::Failed => None,
             };
             let Some(parser) = parser else { continue };
-            let type_name = parser.plugin.type_name();
-            if PARSERS.contains(&type_name) {
-                parsers.push(type_name);
-            } else {
-                self.reader.fault(at, format!("the plugin \"{name}\" is not a parser plugin"));
+            match ParserKind::of_type(parser.plugin.type_name()) {
+                Some(kind) => parsers.push(kind),
+                None => {
+                    let text = format!("the plugin \"{name}\" is not a parser plugin");
+                    self.reader.fault(at, text);
+                }
             }
         }
         parsers
