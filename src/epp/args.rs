@@ -13,7 +13,7 @@
 //! * Other words that belong to no flag are refused; Go passes over them.
 //! * The flags that name metrics, which Go's later releases refuse, still work.
 //! * Port 0 takes a free port.
-//! * `--unknown-metrics=optimistic` restores what Go does with endpoints that have no metrics yet.
+//! * `--unknown-metrics=idle` restores what Go does with endpoints that have no metrics yet.
 
 use std::{
     ffi::OsString,
@@ -27,7 +27,7 @@ use std::{
 use crate::{
     epp::{
         config::{FILE_DISCOVERY, Loaded, Parts, load},
-        datalayer::discovery::StaticList,
+        datalayer::{UnknownMetrics, discovery::StaticList},
         server::tls::{self, CipherSuites, TlsVersion},
     },
     support::{fields::Fault, telemetry::LogFormat, units},
@@ -152,11 +152,10 @@ pub struct Args {
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = units::duration)]
     pub metrics_staleness_threshold: Duration,
 
-    /// What scorers think of an endpoint whose metrics nobody has seen: pessimistic, as of the busiest
-    /// one that is known, or optimistic, as of an idle one, like the Go EPP.
-    #[arg(long, value_name = "VIEW", default_value = "pessimistic",
-        value_parser = ["pessimistic", "optimistic"])]
-    pub unknown_metrics: String,
+    /// What scorers think of an endpoint whose metrics nobody has seen: worst, as of the busiest one
+    /// that is known, or idle, like the Go EPP. unknownMetrics of core-metrics-extractor goes before it.
+    #[arg(long, value_name = "VIEW", default_value = "worst")]
+    pub unknown_metrics: UnknownMetrics,
 
     /// Log lines as text or json. Default: what --zap-encoder says, or else text.
     #[arg(long, value_name = "FORMAT")]

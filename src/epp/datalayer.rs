@@ -15,6 +15,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
+    str::FromStr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -116,8 +117,20 @@ pub enum UnknownMetrics {
 }
 
 impl UnknownMetrics {
-    /// The words of the configuration.
+    /// The words of the configuration and of `--unknown-metrics`.
     pub const WORDS: [(&'static str, Self); 2] = [("worst", Self::AsWorst), ("idle", Self::AsIdle)];
+}
+
+impl FromStr for UnknownMetrics {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::WORDS.iter().find(|(word, _)| *word == text);
+        let known = known.map(|&(_, unknown)| unknown);
+        known.ok_or_else(|| {
+            format!("{text:?} is not one of {}", Self::WORDS.map(|(word, _)| word).join(", "))
+        })
+    }
 }
 
 /// `vllm:lora_requests_info`.

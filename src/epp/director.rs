@@ -330,8 +330,8 @@ impl Director {
         if request.priority >= 0 {
             return Ok(());
         }
-        let plugin: &dyn std::any::Any = &*self.parts.saturation.plugin;
-        let Some(detector) = plugin.downcast_ref::<UtilizationDetector>() else { return Ok(()) };
+        let detector = UtilizationDetector::of(&*self.parts.saturation.plugin);
+        let Some(detector) = detector else { return Ok(()) };
         let list = self.parts.endpoints.list();
         let metrics: Vec<_> = list.iter().map(|endpoint| endpoint.metrics()).collect();
         if detector.saturation(&metrics, Instant::now()) < 1.0 {

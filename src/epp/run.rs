@@ -28,7 +28,7 @@ use crate::{
         metrics::{EppMetrics, MetricsOptions, ScrapeFaults},
         plugins::{
             core_metrics_extractor::CoreMetricsExtractor, file_discovery::FileDiscoverySource,
-            metrics_data_source::MetricsDataSource,
+            metrics_data_source::MetricsDataSource, utilization_detector::UtilizationDetector,
         },
         request::Parsers,
         scheduling::{Configured, Scheduler},
@@ -127,6 +127,7 @@ pub async fn run(
     let mut supervisor = Supervisor::new(requested.clone());
     let health = Health::new();
     let scraping = Scraping::new(args, &loaded.metrics, &epp_metrics)?;
+    scraping.bound_staleness(&loaded.plugins);
 
     let discovery: Box<dyn Discovery> = match &loaded.discovery {
         None => Box::new(args.endpoints().unwrap_or_default()),
@@ -158,7 +159,7 @@ pub async fn run(
     endpoints.watch(plugins);
 
     let director = Arc::new(Director::new(Parts {
-        parsers: Parsers::new(&loaded.parsers)?,
+        parsers: Parsers::new(&loaded.parsers),
         scheduler: Scheduler::new(loaded.handler, loaded.profiles).with_timers(|point, plugin| {
             let kind = plugin.plugin.type_name();
             Some(Arc::new(epp_metrics.plugin_timer(point, kind, &plugin.name)))
@@ -241,7 +242,7 @@ struct Scraping {
 
 impl Scraping {
     fn new(args: &Args, sources: &[MetricsSource], metrics: &EppMetrics) -> anyhow::Result<Self> {
-        let mut scraping = Self { scrapers: Vec::new(), unknown: UnknownMetrics::default() };
+        let mut scraping = Self { scrapers: Vec::new(), unknown: args.unknown_metrics };
         for MetricsSource { source, extractors } in sources {
             let Some(data_source) = MetricsDataSource::of(&*source.plugin) else { continue };
             for extractor in extractors {
@@ -260,10 +261,19 @@ impl Scraping {
                     extracts: watched.stats().extract_errors(),
                 });
                 scraping.scrapers.push(scraper);
-                scraping.unknown = core.unknown_metrics();
+                scraping.unknown = core.unknown_metrics().unwrap_or(scraping.unknown);
             }
         }
         Ok(scraping)
+    }
+
+    /// Tells detectors of saturation how old the metrics of an idle endpoint become: as old as the
+    /// longest interval, and as that once more while a scrape is late.
+    fn bound_staleness(&self, plugins: &[Configured]) {
+        let longest = self.scrapers.iter().map(|scraper| scraper.longest_interval()).max();
+        for detector in plugins.iter().filter_map(|it| UtilizationDetector::of(&*it.plugin)) {
+            detector.allow_for(2 * longest.unwrap_or_default());
+        }
     }
 }
 
@@ -310,4 +320,58 @@ fn tls(
         supervisor.spawn(Stage::Serve, "certificate", move |stop| followed.follow(counters, stop));
     }
     Ok(Some(tls::server_config(&options, certificate)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::epp::plugins::types;
+
+    /// What is thought of unknown metrics, and the saturation of a pool that was looked at so many
+    /// milliseconds ago, with these flags and this configuration.
+    fn scraping(flags: &[&str], config: &str, age: u64) -> (UnknownMetrics, f64) {
+        let line = ["epp", "--endpoint=a=127.0.0.1:1", "--config-text", config];
+        let args = Args::from_command_line(line.iter().chain(flags)).unwrap();
+        let Ground { endpoints, registry } = Ground::new().unwrap();
+        let metrics = EppMetrics::register(&registry, MetricsOptions::default()).unwrap();
+        let parts = config::Parts {
+            types: &types(),
+            endpoints: &endpoints,
+            metrics: &registry,
+            allow_experimental: false,
+            defaults: &[],
+        };
+        let loaded = args.load(&parts).unwrap();
+        let scraping = Scraping::new(&args, &loaded.metrics, &metrics).unwrap();
+        scraping.bound_staleness(&loaded.plugins);
+        let now = std::time::Instant::now() + Duration::from_secs(3600);
+        let updated = Some(now - Duration::from_millis(age));
+        let pool = [Arc::new(crate::epp::datalayer::Metrics { updated, ..Default::default() })];
+        let detector = UtilizationDetector::of(&*loaded.saturation.plugin).unwrap();
+        (scraping.unknown, detector.saturation(&pool, now))
+    }
+
+    #[test]
+    fn the_configuration_goes_before_the_flag_for_unknown_metrics() {
+        let unknown = |flags: &[&str], config: &str| scraping(flags, config, 0).0;
+        let says = "plugins: [{type: core-metrics-extractor, parameters: {unknownMetrics: worst}}]";
+        let other =
+            "plugins: [{type: core-metrics-extractor, parameters: {defaultEngine: sglang}}]";
+        let idle = &["--unknown-metrics=idle"][..];
+        assert_eq!(unknown(&[], ""), UnknownMetrics::AsWorst);
+        assert_eq!(unknown(idle, ""), UnknownMetrics::AsIdle);
+        assert_eq!(unknown(idle, other), UnknownMetrics::AsIdle);
+        assert_eq!(unknown(idle, says), UnknownMetrics::AsWorst);
+    }
+
+    #[test]
+    fn an_idle_pool_is_not_saturated() {
+        let saturation = |flags: &[&str], config, age| scraping(flags, config, age).1;
+        assert_eq!(saturation(&[], "", 1999), 0.0);
+        assert_eq!(saturation(&[], "", 2001), 1.0);
+        assert_eq!(saturation(&["--refresh-metrics-interval=3s"], "", 6000), 0.0);
+        let nothing = "dataLayer: {injectDefaults: false}";
+        assert_eq!(saturation(&[], nothing, 200), 0.0);
+        assert_eq!(saturation(&[], nothing, 201), 1.0);
+    }
 }

@@ -23,8 +23,8 @@ fn defaults_are_gos() {
     assert_eq!((args.pool_name(), args.log_level().as_str()), ("epp", "info"));
     assert_eq!((args.log_format(), args.bind_address), (LogFormat::Text, None));
     assert_eq!((args.grpc_max_recv_msg_size, args.cert_path()), (None, None));
-    assert_eq!(args.unknown_metrics, "pessimistic");
-    assert_eq!(parse(&["--unknownMetrics", "optimistic"]).unknown_metrics, "optimistic");
+    assert_eq!(args.unknown_metrics, UnknownMetrics::AsWorst);
+    assert_eq!(parse(&["--unknownMetrics", "idle"]).unknown_metrics, UnknownMetrics::AsIdle);
     assert_eq!((args.tls_min_version, args.tls_cipher_suites.usable.len()), (TlsVersion::Tls12, 0));
     assert_eq!((args.faults(), args.warnings()), (vec![], vec![]));
     assert!(args.default_parameters().is_empty());

@@ -38,7 +38,7 @@ pub const REGISTRATION: Registration = Registration {
 /// | `engineLabelKey` | `llm-d.ai/engine-type` | pod label that names the engine |
 /// | `defaultEngine` | `vllm` | engine of pods without it |
 /// | `engineConfigs` | built-in ones | engines; one replaces the built-in one of its name |
-/// | `unknownMetrics` | `worst` | ours: what to think of an endpoint without metrics |
+/// | `unknownMetrics` | `--unknown-metrics` | ours: what to think of an endpoint without metrics, `worst` or `idle` |
 ///
 /// An engine has `name` and any of `queuedRequestsSpec`, `runningRequestsSpec`, `kvUsageSpec`,
 /// `loraSpec`, `cacheInfoSpec`, `cacheBlockSizeLabelName`, `cacheNumBlocksLabelName`,
@@ -47,7 +47,7 @@ pub const REGISTRATION: Registration = Registration {
 #[derive(Clone, Debug)]
 pub struct CoreMetricsExtractor {
     config: EnginesConfig,
-    unknown: UnknownMetrics,
+    unknown: Option<UnknownMetrics>,
 }
 
 impl CoreMetricsExtractor {
@@ -66,9 +66,9 @@ impl CoreMetricsExtractor {
         Engines::new(&self.config, flags)
     }
 
-    /// What to think of endpoints without metrics.
+    /// What to think of endpoints without metrics; `None` = what `--unknown-metrics` says.
     #[must_use]
-    pub fn unknown_metrics(&self) -> UnknownMetrics {
+    pub fn unknown_metrics(&self) -> Option<UnknownMetrics> {
         self.unknown
     }
 }
@@ -87,7 +87,7 @@ fn build(params: &Fields<'_>, _building: &dyn Building) -> Option<Arc<dyn Plugin
 fn read(params: &Fields<'_>) -> CoreMetricsExtractor {
     let filled = |text: Option<String>| text.filter(|text| !text.is_empty());
     let default = EnginesConfig::default();
-    let unknown = params.one_of("unknownMetrics", &UnknownMetrics::WORDS).unwrap_or_default();
+    let unknown = params.one_of("unknownMetrics", &UnknownMetrics::WORDS);
     let label = filled(params.string("engineLabelKey")).unwrap_or(default.label);
     let default = filled(params.string("defaultEngine")).unwrap_or(default.default);
     let engines = params.each("engineConfigs").into_iter().map(engine).collect();
@@ -211,7 +211,7 @@ engineConfigs:
 ",
         );
         assert_eq!(faults, [""; 0]);
-        assert_eq!(extractor.unknown_metrics(), UnknownMetrics::AsIdle);
+        assert_eq!(extractor.unknown_metrics(), Some(UnknownMetrics::AsIdle));
         let spec = |text| MetricSpec::parse(text).unwrap();
         let vllm = EngineConfig {
             name: "vllm".to_owned(),
@@ -228,7 +228,7 @@ engineConfigs:
             custom: vec![("k".to_owned(), spec("m{x=y}").unwrap())],
         };
         assert_eq!(extractor.config.engines, [vllm]);
-        assert_eq!(parse("{}").0.unknown_metrics(), UnknownMetrics::AsWorst);
+        assert_eq!(parse("{}").0.unknown_metrics(), None);
     }
 
     #[test]

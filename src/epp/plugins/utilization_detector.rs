@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! saturation = mean over endpoints of max(q / queueDepthThreshold, kv / kvCacheUtilThreshold)
-//!              an endpoint whose metrics are older than metricsStalenessThreshold counts 1
+//!              an endpoint whose metrics are older than staleness counts 1
 //!            = 1 without endpoints
 //! ```
 //!
@@ -11,12 +11,17 @@
 //! `q < queueDepthThreshold × (1 + headroom)` and `kv < kvCacheUtilThreshold × (1 + headroom)`, or
 //! everyone if none is such.
 //!
+//! staleness is `metricsStalenessThreshold`, but at least twice the longest interval at which metrics
+//! are scraped: endpoints without requests are looked at once a second, and an idle pool is not a
+//! saturated one. (The Go EPP scrapes all of them every 50 ms; nothing is ever that old there.)
+//!
 //! Parameters: `queueDepthThreshold` (requests, default 5, positive), `kvCacheUtilThreshold` (default
 //! 0.8, in (0, 1]), `metricsStalenessThreshold` (Go duration, default `200ms`, positive), `headroom`
 //! (fraction, default 0, not negative).
 
 use std::{
-    sync::Arc,
+    any::Any,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -45,13 +50,15 @@ fn build(params: &Fields<'_>, _: &dyn Building) -> Option<Arc<dyn Plugin>> {
 }
 
 /// How full the pool is, and a filter against full endpoints.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct UtilizationDetector {
     /// Positive.
     queue_depth: f64,
     /// In (0, 1].
     kv_usage: f64,
     staleness: Duration,
+    /// See [`allow_for`](UtilizationDetector::allow_for).
+    least_staleness: OnceLock<Duration>,
     headroom: f64,
 }
 
@@ -61,12 +68,25 @@ impl Default for UtilizationDetector {
             queue_depth: 5.0,
             kv_usage: 0.8,
             staleness: Duration::from_millis(200),
+            least_staleness: OnceLock::new(),
             headroom: 0.0,
         }
     }
 }
 
 impl UtilizationDetector {
+    /// `plugin` as one of this type.
+    #[must_use]
+    pub fn of(plugin: &dyn Plugin) -> Option<&Self> {
+        (plugin as &dyn Any).downcast_ref()
+    }
+
+    /// From now on, metrics of at most this age are fresh whatever the parameters say, since they may
+    /// be that old on an endpoint that nothing is wrong with. Only the first call counts.
+    pub fn allow_for(&self, age: Duration) {
+        self.least_staleness.get_or_init(|| age);
+    }
+
     /// Reads the parameters, also where they stand directly under `saturationDetector`. Leaves
     /// [`Fields::finish`] to the caller.
     #[must_use]
@@ -110,8 +130,8 @@ impl UtilizationDetector {
     }
 
     fn is_fresh(&self, metrics: &Metrics, now: Instant) -> bool {
-        let age = metrics.updated.map(|updated| now.saturating_duration_since(updated));
-        age.is_some_and(|age| age <= self.staleness)
+        let least = self.least_staleness.get().copied().unwrap_or_default();
+        metrics.age(now).is_some_and(|age| age <= self.staleness.max(least))
     }
 }
 

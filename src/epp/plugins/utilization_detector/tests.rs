@@ -22,8 +22,7 @@ fn read(params: Value) -> Arc<dyn Plugin> {
 }
 
 fn detector(plugin: &Arc<dyn Plugin>) -> UtilizationDetector {
-    let plugin: &dyn std::any::Any = &**plugin;
-    *plugin.downcast_ref::<UtilizationDetector>().unwrap()
+    UtilizationDetector::of(&**plugin).unwrap().clone()
 }
 
 /// With thresholds of 5 requests, 0.9 of the cache and 100 ms.
@@ -106,4 +105,24 @@ fn wrong_parameters_are_refused() {
     );
     check(json!({"headroom": -0.5}), "headroom: -0.5 is out of range");
     check(json!({"queueDepthTreshold": 1}), "queueDepthTreshold: unknown field; did you mean");
+}
+
+#[test]
+fn an_idle_pool_is_not_saturated() {
+    let detector = detector(&read(json!({})));
+    let saturation = |age: u64| {
+        let metrics: Vec<_> =
+            metrics(&[Some((0, 0.0, age)); 3]).into_iter().map(Arc::new).collect();
+        detector.saturation(&metrics, *NOW)
+    };
+    assert_eq!(saturation(200), 0.0);
+    assert_eq!(saturation(201), 1.0);
+    detector.allow_for(Duration::from_secs(2));
+    assert_eq!(saturation(2000), 0.0);
+    assert_eq!(saturation(2001), 1.0);
+
+    let patient = self::detector(&read(json!({"metricsStalenessThreshold": "5s"})));
+    patient.allow_for(Duration::from_secs(2));
+    let old = metrics(&[Some((0, 0.0, 5000))]).into_iter().map(Arc::new).collect::<Vec<_>>();
+    assert_eq!(patient.saturation(&old, *NOW), 0.0);
 }
