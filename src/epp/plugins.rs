@@ -62,7 +62,7 @@ pub trait Building {
     /// The endpoints.
     fn endpoints(&self) -> &Arc<Endpoints>;
     /// Where a plugin registers metrics of its own. Several plugins of a type share families, so use
-    /// `metrics::family` of this module's metrics, not `Registry::register` alone.
+    /// [`family`](crate::support::metrics::family), not `Registry::register` alone.
     fn registry(&self) -> &Registry;
 }
 

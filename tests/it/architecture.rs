@@ -212,7 +212,9 @@ fn registered() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for source in sources() {
         let path = source.path.to_string_lossy().replace('\\', "/");
-        let registers = path.contains("/metrics") || path.ends_with("/indexer/run.rs");
+        let registers = path.contains("/metrics")
+            || path.contains("/epp/plugins/")
+            || path.ends_with("/indexer/run.rs");
         if !registers || path.ends_with("/tests.rs") {
             continue;
         }

@@ -133,7 +133,7 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
         primary_port: primary_port(params),
         decisions: Decisions::new(
             building.registry(),
-            "disagg_decision_total",
+            ["llm_d_epp_disagg_decision_total", "llm_d_inference_scheduler_disagg_decision_total"],
             "Total number of disaggregation routing decisions made",
             building.name(),
             REGISTRATION.type_name,

@@ -197,18 +197,18 @@ struct Gauges {
 impl Gauges {
     fn new(registry: &Registry, name: &str) -> prometheus::Result<Self> {
         let gauge = |metric: &str, help: &str| {
-            let opts = Opts::new(format!("llm_d_epp_{metric}"), format!("[ALPHA] {help}"));
+            let opts = Opts::new(metric, format!("[ALPHA] {help}"));
             let opts = opts.const_label("producer_name", name);
             let labels = ["endpoint_name", "namespace", "fairness_id", "priority"];
             family(registry, IntGaugeVec::new(opts, &labels)?)
         };
         let requests = gauge(
-            "inflight_requests",
+            "llm_d_epp_inflight_requests",
             "Current number of in-flight requests per endpoint, as tracked by the in-flight load \
              producer.",
         )?;
         let tokens = gauge(
-            "inflight_tokens",
+            "llm_d_epp_inflight_tokens",
             "Current number of in-flight tokens per endpoint (uncached prompt tokens, optionally \
              plus estimated output), as tracked by the in-flight load producer.",
         )?;

@@ -105,7 +105,7 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
     };
     let decisions = Decisions::new(
         building.registry(),
-        "pd_decision_total",
+        ["llm_d_epp_pd_decision_total", "llm_d_inference_scheduler_pd_decision_total"],
         "Total number of P/D disaggregation decisions made",
         building.name(),
         REGISTRATION.type_name,

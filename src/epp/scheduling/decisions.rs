@@ -1,6 +1,6 @@
 //! Counters of how requests were split between prefill and decode.
 //!
-//! A family `<name>_decision_total` under its present name, with `plugin_name`, `plugin_type`,
+//! A family under its present name, with `plugin_name`, `plugin_type`,
 //! `model_name` and `decision_type`, and under its old one with the last two. The counters of a
 //! model are looked up once and then found by one hash of its name.
 
@@ -77,13 +77,17 @@ impl fmt::Debug for Decisions {
 }
 
 impl Decisions {
-    /// Registers `llm_d_epp_<family>` and `llm_d_inference_scheduler_<family>`, for the plugin of
-    /// this name and type. A family that the registry does not take (it has one of the same labels
+    /// Registers the family of these names, present and old, for the plugin of this name and type. A
+    /// family that the registry does not take (it has one of the same labels
     /// already) is warned about and not counted.
     #[must_use]
-    pub fn new(registry: &Registry, family: &str, help: &str, name: &str, type_name: &str) -> Self {
-        let new = format!("llm_d_epp_{family}");
-        let old = format!("llm_d_inference_scheduler_{family}");
+    pub fn new(
+        registry: &Registry,
+        [new, old]: [&str; 2],
+        help: &str,
+        name: &str,
+        type_name: &str,
+    ) -> Self {
         let old_help = format!("[ALPHA] [Deprecated: Use {new}] {help}");
         // The plugin's labels are fixed for us, so that several plugins can share the family.
         let new = Opts::new(new, format!("[ALPHA] {help}"))
@@ -136,10 +140,13 @@ mod tests {
     use super::*;
     use crate::support::metrics::encode;
 
+    const NAMES: [&str; 2] =
+        ["llm_d_epp_pd_decision_total", "llm_d_inference_scheduler_pd_decision_total"];
+
     #[test]
     fn decisions_count_under_both_names() {
         let registry = Registry::new();
-        let make = |name| Decisions::new(&registry, "pd_decision_total", "Help.", name, "pd");
+        let make = |name| Decisions::new(&registry, NAMES, "Help.", name, "pd");
         let (one, two) = (make("one"), make("two"));
         let model: Arc<str> = "m".into();
         one.count(&model, Decision::PrefillDecode);
@@ -165,7 +172,7 @@ mod tests {
     #[test]
     fn models_beyond_the_limit_are_others() {
         let registry = Registry::new();
-        let decisions = Decisions::new(&registry, "pd_decision_total", "Help.", "n", "t");
+        let decisions = Decisions::new(&registry, NAMES, "Help.", "n", "t");
         for model in 0..MAX_MODELS + 7 {
             decisions.count(&model.to_string().into(), Decision::EncodeDecode);
         }

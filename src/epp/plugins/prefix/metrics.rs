@@ -4,6 +4,14 @@ use prometheus::{Histogram, HistogramOpts, IntGauge, Opts, Registry};
 
 use crate::support::metrics::family;
 
+/// Names of the families, new and old.
+const SIZE: [&str; 2] =
+    ["llm_d_epp_prefix_indexer_size", "inference_extension_prefix_indexer_size"];
+const HIT_RATIO: [&str; 2] =
+    ["llm_d_epp_prefix_indexer_hit_ratio", "inference_extension_prefix_indexer_hit_ratio"];
+const HIT_BYTES: [&str; 2] =
+    ["llm_d_epp_prefix_indexer_hit_bytes", "inference_extension_prefix_indexer_hit_bytes"];
+
 const RATIO: [f64; 11] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 const BYTES: [f64; 14] = [
     0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0,
@@ -20,12 +28,8 @@ pub(super) struct Metrics {
 
 impl Metrics {
     pub(super) fn new(registry: &Registry, name: &str, kind: &str) -> prometheus::Result<Self> {
-        let opts = |metric: &str, help: &str| {
-            let new = format!("llm_d_epp_prefix_indexer_{metric}");
-            let old = Opts::new(
-                format!("inference_extension_prefix_indexer_{metric}"),
-                format!("[ALPHA] [Deprecated: Use {new}] {help}"),
-            );
+        let opts = |[new, old]: [&str; 2], help: &str| {
+            let old = Opts::new(old, format!("[ALPHA] [Deprecated: Use {new}] {help}"));
             let new = Opts::new(new, format!("[ALPHA] {help}"))
                 .const_label("plugin_name", name)
                 .const_label("plugin_type", kind);
@@ -36,16 +40,16 @@ impl Metrics {
             opts.buckets = buckets.to_vec();
             family(registry, Histogram::with_opts(opts)?)
         };
-        let [new, old] = opts("size", "Size of the prefix indexer.");
+        let [new, old] = opts(SIZE, "Size of the prefix indexer.");
         let size = [
             family(registry, IntGauge::with_opts(new)?)?,
             family(registry, IntGauge::with_opts(old)?)?,
         ];
         let help = "Ratio of prefix length matched to total prefix length in the cache lookup.";
-        let [new, old] = opts("hit_ratio", help);
+        let [new, old] = opts(HIT_RATIO, help);
         let hit_ratio = [histogram(new, &RATIO)?, histogram(old, &RATIO)?];
         let help = "Length of the prefix match in number of bytes in the cache lookup.";
-        let [new, old] = opts("hit_bytes", help);
+        let [new, old] = opts(HIT_BYTES, help);
         let hit_bytes = [histogram(new, &BYTES)?, histogram(old, &BYTES)?];
         Ok(Self { size, hit_ratio, hit_bytes })
     }
