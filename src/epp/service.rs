@@ -194,7 +194,7 @@ impl Session {
         if let Some((row, _running)) = transit.as_ref().and_then(|t| t.metrics.as_ref()) {
             match facts.response_status {
                 Some(status) if status != 200 => row.failed(ErrorCode::ModelServer),
-                _ if facts.phase == Phase::Ended => row.finished(&self.clock.outcome(&facts)),
+                _ if facts.phase == Phase::Ended => row.finished(&self.clock.outcome(facts)),
                 // Given up by the client or the proxy.
                 _ => {}
             }
@@ -206,7 +206,7 @@ impl Session {
                 fairness: "",
                 priority: 0,
             };
-            self.metrics.request(&nobody).finished(&self.clock.outcome(&facts));
+            self.metrics.request(&nobody).finished(&self.clock.outcome(facts));
         }
     }
 

@@ -8,6 +8,8 @@ use kv_indexer::{
     support::fields::Fault,
 };
 
+use crate::support::{paths, with_examples};
+
 fn read(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
@@ -28,33 +30,7 @@ fn full_sample() -> String {
         ]
         .contains(&line)
     };
-    let sample = read("config/kv-indexer.yaml");
-    let lines =
-        sample.lines().filter(|line| !is_replaced(line)).map(|line| match line.split_once("#: ") {
-            Some((indent, example)) if indent.trim().is_empty() => format!("{indent}{example}\n"),
-            _ => format!("{line}\n"),
-        });
-    lines.collect()
-}
-
-/// Paths of all entries; list indices become `[]`.
-fn paths(value: &serde_json::Value, at: &str, out: &mut BTreeSet<String>) {
-    match value {
-        serde_json::Value::Object(map) => {
-            for (name, value) in map {
-                let path = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
-                out.insert(path.clone());
-                // The keys below are names of the user's.
-                if path != "modelAliases" {
-                    paths(value, &path, out);
-                }
-            }
-        }
-        serde_json::Value::Array(list) => {
-            list.iter().for_each(|value| paths(value, &format!("{at}[]"), out));
-        }
-        _ => {}
-    }
+    with_examples(&read("config/kv-indexer.yaml"), is_replaced)
 }
 
 #[test]
@@ -69,9 +45,8 @@ fn the_sample_lists_every_field_and_no_other() {
     if let Err(faults) = IndexerConfig::parse(&text, &Flags::default()) {
         panic!("{faults:#?}\n{text}");
     }
-    let mut listed = BTreeSet::new();
     let value: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
-    paths(&value, "", &mut listed);
+    let listed = paths(&value, &|path| path == "modelAliases");
     // What llm-d has below `indexerConfig` is described once, at the top.
     let known: BTreeSet<String> = IndexerConfig::known_fields()
         .into_iter()

@@ -1,6 +1,7 @@
 //! What the tests share: the real programs as child processes, patience, fixtures.
 
 use std::{
+    collections::BTreeSet,
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
@@ -329,4 +330,45 @@ fn http_answers_are_split() {
     });
     assert_eq!(http_get(address, "/readyz").unwrap(), (503, "not yet".to_owned()));
     assert!(server.join().unwrap().starts_with("GET /readyz HTTP/1.1\r\n"));
+}
+
+/// A commented sample of a configuration with its examples in force, which stand behind `#: `, and
+/// without the lines that they replace.
+pub(crate) fn with_examples(sample: &str, is_replaced: impl Fn(&str) -> bool) -> String {
+    let lines = sample.lines().filter(|line| !is_replaced(line));
+    let lines = lines.map(|line| match line.split_once("#: ") {
+        Some((indent, example)) if indent.trim().is_empty() => format!("{indent}{example}\n"),
+        _ => format!("{line}\n"),
+    });
+    lines.collect()
+}
+
+/// Paths of all entries; list indices become `[]`. What is below a path that `is_free` knows is left
+/// out: its names are the user's.
+pub(crate) fn paths(value: &serde_json::Value, is_free: &dyn Fn(&str) -> bool) -> BTreeSet<String> {
+    fn visit(
+        value: &serde_json::Value,
+        at: &str,
+        is_free: &dyn Fn(&str) -> bool,
+        out: &mut BTreeSet<String>,
+    ) {
+        match value {
+            serde_json::Value::Object(map) => {
+                for (name, value) in map {
+                    let path = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
+                    out.insert(path.clone());
+                    if !is_free(&path) {
+                        visit(value, &path, is_free, out);
+                    }
+                }
+            }
+            serde_json::Value::Array(list) => {
+                list.iter().for_each(|value| visit(value, &format!("{at}[]"), is_free, out));
+            }
+            _ => {}
+        }
+    }
+    let mut out = BTreeSet::new();
+    visit(value, "", is_free, &mut out);
+    out
 }

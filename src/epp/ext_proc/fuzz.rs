@@ -156,7 +156,8 @@ fn message(request: Request, modes: Option<(i32, i32)>) -> ProcessingRequest {
     ProcessingRequest { request: Some(request), protocol_config: modes, ..Default::default() }
 }
 
-fn headers(pairs: &[(&str, &str)], end_of_stream: bool) -> HttpHeaders {
+/// Headers as Envoy sends them: values as bytes.
+pub(super) fn headers(pairs: &[(&str, &str)], end_of_stream: bool) -> HttpHeaders {
     let value = |(key, value): &(&str, &str)| HeaderValue {
         key: (*key).to_owned(),
         value: String::new(),

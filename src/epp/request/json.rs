@@ -229,18 +229,8 @@ impl<'a> Scanner<'a> {
         loop {
             let key = self.key()?;
             each(self, key)?;
-            self.space();
-            match self.peek() {
-                None => return Err(JsonError::UnexpectedEnd),
-                Some(b',') => {
-                    self.at += 1;
-                    self.space();
-                }
-                Some(b'}') => {
-                    self.close();
-                    return Ok(());
-                }
-                Some(byte) => return Err(invalid(byte, AFTER_PAIR)),
+            if !self.more(b'}', AFTER_PAIR)? {
+                return Ok(());
             }
         }
     }
@@ -258,19 +248,29 @@ impl<'a> Scanner<'a> {
         }
         loop {
             each(self)?;
-            self.space();
-            match self.peek() {
-                None => return Err(JsonError::UnexpectedEnd),
-                Some(b',') => {
-                    self.at += 1;
-                    self.space();
-                }
-                Some(b']') => {
-                    self.close();
-                    return Ok(());
-                }
-                Some(byte) => return Err(invalid(byte, AFTER_ELEMENT)),
+            if !self.more(b']', AFTER_ELEMENT)? {
+                return Ok(());
             }
+        }
+    }
+
+    /// Reads what follows an element: a comma, or the bracket that closes the container. Is there
+    /// another element?
+    #[inline]
+    fn more(&mut self, close: u8, place: &'static str) -> Result<bool, JsonError> {
+        self.space();
+        match self.peek() {
+            None => Err(JsonError::UnexpectedEnd),
+            Some(b',') => {
+                self.at += 1;
+                self.space();
+                Ok(true)
+            }
+            Some(byte) if byte == close => {
+                self.close();
+                Ok(false)
+            }
+            Some(byte) => Err(invalid(byte, place)),
         }
     }
 

@@ -8,6 +8,7 @@ use kv_indexer::{
 };
 
 use super::{fakes::release, load_with};
+use crate::support::{paths, with_examples};
 
 fn sample() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/epp.yaml")).unwrap()
@@ -23,32 +24,7 @@ fn plugin_examples() -> Vec<String> {
 /// The sample with its examples of sections in force.
 fn full_sample() -> String {
     let replaced = ["featureGates: []", "  sources: []"];
-    let text = sample();
-    let lines = text.lines().filter(|line| !replaced.contains(line) && !line.starts_with("#: - "));
-    let lines = lines.map(|line| match line.split_once("#: ") {
-        Some((indent, example)) if indent.trim().is_empty() => format!("{indent}{example}\n"),
-        _ => format!("{line}\n"),
-    });
-    lines.collect()
-}
-
-/// Paths of all entries but parameters; list indices become `[]`.
-fn paths(value: &serde_json::Value, at: &str, out: &mut BTreeSet<String>) {
-    match value {
-        serde_json::Value::Object(map) => {
-            for (name, value) in map {
-                let path = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
-                out.insert(path.clone());
-                if name != "parameters" && name != "peerDiscovery" {
-                    paths(value, &path, out);
-                }
-            }
-        }
-        serde_json::Value::Array(list) => {
-            list.iter().for_each(|value| paths(value, &format!("{at}[]"), out));
-        }
-        _ => {}
-    }
+    with_examples(&sample(), |line| replaced.contains(&line) || line.starts_with("#: - "))
 }
 
 #[test]
@@ -103,8 +79,8 @@ fn it_lists_every_field_and_no_other() {
     drop(EndpointPickerConfig::read(&reader));
     let report = reader.finish();
     assert_eq!(report.faults, [], "{text}");
-    let mut listed = BTreeSet::new();
-    paths(&serde_saphyr::from_str(&text).unwrap(), "", &mut listed);
+    let is_free = |path: &str| path.ends_with(".parameters") || path.ends_with(".peerDiscovery");
+    let listed = paths(&serde_saphyr::from_str(&text).unwrap(), &is_free);
     let old = ["data", "parser", "saturationDetector"];
     let is_old = |path: &str| old.contains(&path.split(['.', '[']).next().unwrap_or_default());
     let known: BTreeSet<String> = report.asked.into_iter().filter(|path| !is_old(path)).collect();

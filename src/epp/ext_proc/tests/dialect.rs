@@ -3,25 +3,16 @@
 use bytes::Bytes;
 use prost_types::{ListValue, Struct, Value, value::Kind};
 
+use crate::epp::ext_proc::fuzz::headers;
 pub(super) use crate::proto::ext_proc::BodySendMode as Mode;
 use crate::proto::ext_proc::{
-    CommonResponse, HeaderMap, HeaderMutation, HeaderValue, HttpBody, HttpHeaders, HttpTrailers,
-    Metadata, ProcessingRequest, ProcessingResponse, ProtocolConfiguration,
-    body_mutation::Mutation, processing_request::Request, processing_response::Response,
+    CommonResponse, HeaderMutation, HttpBody, HttpTrailers, Metadata, ProcessingRequest,
+    ProcessingResponse, ProtocolConfiguration, body_mutation::Mutation,
+    processing_request::Request, processing_response::Response,
 };
 
 fn message(request: Request) -> ProcessingRequest {
     ProcessingRequest { request: Some(request), ..Default::default() }
-}
-
-fn headers(pairs: &[(&str, &str)], end_of_stream: bool) -> HttpHeaders {
-    let value = |(key, value): &(&str, &str)| HeaderValue {
-        key: (*key).to_owned(),
-        value: String::new(),
-        raw_value: (*value).to_owned().into(),
-    };
-    let headers = Some(HeaderMap { headers: pairs.iter().map(value).collect() });
-    HttpHeaders { headers, end_of_stream }
 }
 
 fn body(body: impl Into<Bytes>, end_of_stream: bool) -> HttpBody {

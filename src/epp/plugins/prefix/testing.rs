@@ -164,6 +164,19 @@ impl Bench {
         self.try_build(factory, parameters).map(|(plugin, _)| plugin)
     }
 
+    /// Asserts that parameters are refused, one of the faults saying `want`.
+    #[track_caller]
+    pub(in crate::epp::plugins) fn refuses(
+        &self,
+        factory: Option<Factory>,
+        parameters: &str,
+        want: &str,
+    ) {
+        let faults = self.build(factory, parameters).unwrap_err();
+        let says = faults.iter().any(|fault| fault.contains(want));
+        assert!(says, "{parameters}: {want:?} is not in {faults:?}");
+    }
+
     /// Builds a plugin and gives the warnings, too.
     pub(in crate::epp::plugins) fn try_build(
         &self,
