@@ -2,7 +2,7 @@
 //! demo of the indexer.
 
 use std::{
-    io,
+    io::{self, Write as _},
     net::{Ipv4Addr, SocketAddr},
     process::ExitCode,
     sync::{
@@ -14,16 +14,18 @@ use std::{
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use kv_indexer::{
+    epp::server::{self, ConnectionMetrics, GrpcOptions, ServerOptions, Services, null::Null},
     indexer::{self, IndexerConfig},
     loadgen::{
         demo::{self, DemoOptions},
         engine::command::{self, EngineArguments},
         ext_proc::{self, ExtProcOptions},
+        null_pod,
         play::{self, PlayOptions},
     },
     support::signal::cancel_on_terminate,
 };
-use tokio::{sync::oneshot, task::JoinSet};
+use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 /// Plays recorded KV-event streams over real sockets, and drives load. Without a command: shows, in a few seconds, what
@@ -44,8 +46,21 @@ enum Command {
     Replay(PlayOptions),
     /// Plays Envoy's part towards an endpoint picker and reports its speed and cost.
     ExtProc(ExtProcOptions),
+    /// Runs the yardsticks until SIGINT or SIGTERM: an ext_proc server that decides nothing, and a pod
+    /// that computes nothing.
+    Null(NullArguments),
     /// Runs a mock inference engine until SIGINT or SIGTERM.
     Engine(EngineArguments),
+}
+
+#[derive(Debug, clap::Args)]
+struct NullArguments {
+    /// Where the pod listens.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    pod: SocketAddr,
+    /// Where the ext_proc server listens; it sends every request to the pod.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    ext_proc: SocketAddr,
 }
 
 fn main() -> ExitCode {
@@ -53,6 +68,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Some(Command::Replay(options)) => replay(options),
         Some(Command::ExtProc(options)) => drive(&options),
+        Some(Command::Null(arguments)) => null(&arguments),
         Some(Command::Engine(arguments)) => engine(arguments),
         None => show(arguments.indexer),
     };
@@ -93,6 +109,32 @@ fn replay(options: PlayOptions) -> Result<()> {
 fn drive(options: &ExtProcOptions) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(ext_proc::run(options, &mut io::stdout()))
+}
+
+/// Runs the yardsticks until a signal.
+fn null(arguments: &NullArguments) -> Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let _signals = cancel_on_terminate(stop.clone())?;
+        let pod = TcpListener::bind(arguments.pod).await?;
+        let ext_proc = TcpListener::bind(arguments.ext_proc).await?;
+        let destination = pod.local_addr()?;
+        let mut out = io::stdout();
+        writeln!(out, "pod listening on {destination}")?;
+        writeln!(out, "ext_proc listening on {}", ext_proc.local_addr()?)?;
+        out.flush()?;
+        let service =
+            Services::new(Null::new(destination.to_string()), GrpcOptions::default(), None);
+        let (options, counters) = (ServerOptions::default(), ConnectionMetrics::default());
+        let (served, ran) = tokio::join!(
+            null_pod::serve(pod, stop.clone()),
+            server::serve(ext_proc, options, service, counters, stop.clone()),
+        );
+        served?;
+        ran
+    })
 }
 
 /// Runs a mock engine until a signal.

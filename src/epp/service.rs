@@ -210,6 +210,13 @@ impl Session {
         }
     }
 
+    /// Is it on us to end the stream? After an answer of ours, and where nobody looks at the response.
+    /// Else Envoy resets the stream with the end of its request, and an end of ours would be one
+    /// message more.
+    fn hangs_up(&self) -> bool {
+        self.exchange.is_finished() && self.exchange.facts().phase != Phase::Ended
+    }
+
     /// The stream of messages ended.
     fn close(&mut self, fault: Option<&Status>) {
         let code = fault.map_or(Code::Ok, Status::code);
@@ -261,7 +268,7 @@ impl Stream for Session {
                 session.exchange.routed(answer, &mut session.replies);
                 continue;
             }
-            if session.exchange.is_finished() {
+            if session.hangs_up() {
                 return Poll::Ready(None);
             }
             match ready!(Pin::new(&mut session.messages).poll_next(context)) {

@@ -64,6 +64,10 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 /// sends at most 16 KiB whatever we allow.
 const FRAME: u32 = 64 << 10;
 
+/// What of one stream's answers may wait for the socket, in bytes. Two frames keep it busy; bodies that
+/// are sent back wait as the bytes they came in, not copied into frames.
+const SEND_BUFFER: usize = 128 << 10;
+
 /// Bytes of a call's HTTP/2 headers: those of gRPC alone. The headers of the HTTP request that Envoy
 /// processes are in messages.
 const HEADER_LIST: u32 = 32 << 10;
@@ -404,6 +408,7 @@ impl Serving {
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(FRAME)
+            .max_send_buf_size(SEND_BUFFER)
             .max_header_list_size(HEADER_LIST)
             .max_concurrent_streams(self.streams)
             // Envoy resets every stream whose HTTP request has a body, and many at once when its
