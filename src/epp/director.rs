@@ -52,7 +52,7 @@ const DEFAULT_FLOW: &str = "default-flow";
 const PRODUCER_DEADLINE: Duration = Duration::from_millis(400);
 
 /// Labels of requests of which nothing is known.
-const NOBODY: RequestLabels<'_> =
+pub(super) const NOBODY: RequestLabels<'_> =
     RequestLabels { model: "", target: "", fairness: "", priority: 0 };
 
 /// Priorities of objectives.
