@@ -1,6 +1,8 @@
-//! The endpoint picker behind real Envoy, in front of mock engines.
+//! The endpoint picker in front of mock engines: behind real Envoy, and asked by a plain client.
 
+mod hermetic;
 mod http;
 mod path;
+mod proxy;
 mod resilience;
 mod rig;
