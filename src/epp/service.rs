@@ -273,7 +273,14 @@ impl Stream for Session {
                 Some(Ok(message)) => session.take(message),
                 Some(Err(fault)) => {
                     session.close(Some(&fault));
-                    return Poll::Ready(None);
+                    if !session.ended {
+                        session.end();
+                    }
+                    // Envoy takes a stream that ends well for our consent, whatever it still waits for.
+                    return Poll::Ready(match fault.code() {
+                        Code::Cancelled => None,
+                        _ => Some(Err(fault)),
+                    });
                 }
                 None => {
                     session.close(None);
