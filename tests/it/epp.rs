@@ -3,6 +3,8 @@
 mod hermetic;
 mod http;
 mod path;
+mod process;
 mod proxy;
+mod raw;
 mod resilience;
 mod rig;
