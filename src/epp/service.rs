@@ -200,13 +200,13 @@ impl Session {
         if let Some((row, _running)) = transit.as_ref().and_then(|t| t.metrics.as_ref()) {
             match facts.response_status {
                 Some(status) if status != 200 => row.failed(ErrorCode::ModelServer),
-                _ if facts.phase == Phase::Ended => row.finished(&self.clock.outcome(&facts)),
+                _ if facts.phase == Phase::Ended => row.finished(&self.clock.outcome(facts)),
                 // Given up by the client or the proxy.
                 _ => {}
             }
         } else if facts.response_status.is_some() && facts.phase == Phase::Ended {
             // A response without a request: nobody knows the model.
-            self.metrics.request(&NOBODY).finished(&self.clock.outcome(&facts));
+            self.metrics.request(&NOBODY).finished(&self.clock.outcome(facts));
         }
     }
 

@@ -810,7 +810,7 @@ fn what_breaks_around_scheduling_is_left_out() {
     let ready = Bench::new(3)
         .with(|parts| {
             parts.producers = vec![
-                named("at once", producing(|| fault())),
+                named("at once", producing(fault)),
                 named("later", producing(|| Some(Box::pin(async { fault() })))),
             ];
             parts.admitters = vec![named("admitter", admitting(|_| fault()))];
@@ -830,10 +830,10 @@ fn what_breaks_on_the_way_back_is_left_out() {
     struct Broken;
     impl Flight for Broken {
         fn response_headers(&mut self, _: &mut HeaderEdits) {
-            fault()
+            fault::<()>();
         }
         fn response_started(&mut self) {
-            fault()
+            fault::<()>();
         }
     }
     let log = Log::default();

@@ -96,7 +96,7 @@ async fn within<T>(run: impl Future<Output = T>) -> T {
 #[track_caller]
 pub(crate) fn said(reply: ProcessingResponse) -> Said {
     let metadata = reply.dynamic_metadata.as_ref().map(destination);
-    match reply.response.expect("a reply without content") {
+    match reply.response.unwrap() {
         Response::RequestHeaders(headers) => {
             let common = headers.response.unwrap();
             assert!(common.clear_route_cache && common.body_mutation.is_none());
