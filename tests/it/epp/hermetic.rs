@@ -12,6 +12,7 @@ use kv_indexer::{
     proto::ext_proc::{ProcessingRequest, ProcessingResponse},
 };
 use serde_json::Value;
+use tonic::codec::CompressionEncoding;
 
 use super::{
     path::Pods,
@@ -241,6 +242,19 @@ fn a_body_is_found_wherever_it_ends() {
     let mut messages = split(true);
     messages.push(body("", true));
     scene.check(messages, 0, &text);
+    scene.stop();
+}
+
+#[test]
+fn compressed_messages_are_read() {
+    let scene = Scene::start(ALL, &THREE, &[]);
+    let text = completion("m", &"test ".repeat(1000));
+    let messages = vec![plain(), body(text.clone(), true)];
+    let client = scene.client.clone().send_compressed(CompressionEncoding::Gzip);
+    let replies = scene.pods.runtime.block_on(proxy::replies(&client, messages)).unwrap();
+    let said: Vec<Said> = replies.into_iter().map(proxy::said).collect();
+    assert_eq!(said, unchanged(&scene.pod(1), &text));
+    drop(client);
     scene.stop();
 }
 

@@ -563,6 +563,30 @@ fn nothing_that_comes_in_stops_the_program() {
     all_closed(&epp);
     alive();
 
+    // A proxy that dies with all its streams: an end like any other, not a line in the log for each.
+    let dying = self::runtime();
+    let mut talks = dying.block_on(async {
+        let client = proxy::connect(epp.grpc).await;
+        let mut talks = Vec::new();
+        for _ in 0..20 {
+            let mut talk = Talk::begin(&client).await;
+            for message in request() {
+                talk.send(message).await;
+            }
+            talk.reply().await;
+            talks.push(talk);
+        }
+        talks
+    });
+    assert_eq!(epp.metric("llm_d_epp_request_running", ""), 20.0);
+    let lines = epp.program.log().matches("broke off").count();
+    drop(dying);
+    talks.clear();
+    all_closed(&epp);
+    assert_eq!(epp.metric("llm_d_epp_request_running", ""), 0.0);
+    assert_eq!(epp.program.log().matches("broke off").count(), lines);
+    alive();
+
     // Any messages in any order.
     let all = [
         headers(&[("a", "b")], false),
