@@ -15,9 +15,11 @@ mod refusal;
 
 use std::{
     fmt,
+    future::poll_fn,
     net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -48,6 +50,10 @@ const REWRITE: [&str; 2] = ["x-llm-d-model-name-rewrite", "x-gateway-model-name-
 const DEFAULT_FLOW: &str = "default-flow";
 /// How long one producer may keep a request waiting.
 const PRODUCER_DEADLINE: Duration = Duration::from_millis(400);
+
+/// Labels of requests of which nothing is known.
+pub(super) const NOBODY: RequestLabels<'_> =
+    RequestLabels { model: "", target: "", fairness: "", priority: 0 };
 
 /// Priorities of objectives.
 pub trait Objectives: fmt::Debug + Send + Sync {
@@ -145,14 +151,14 @@ impl Transit {
     /// Response headers are about to be passed on.
     pub fn response_headers(&mut self, edits: &mut HeaderEdits) {
         for (name, flight) in &mut self.flights {
-            guarded(name, || flight.response_headers(edits));
+            guarded(&self.id, name, || flight.response_headers(edits));
         }
     }
 
     /// The first bytes of the response's body came.
     pub fn response_started(&mut self) {
         for (name, flight) in &mut self.flights {
-            guarded(name, || flight.response_started());
+            guarded(&self.id, name, || flight.response_started());
         }
     }
 }
@@ -217,6 +223,7 @@ impl Director {
     fn route_unread(&self, inbound: &Inbound) -> Result<Routed, Refusal> {
         let candidates = self.candidates(inbound.subset.as_deref());
         let Some(endpoint) = fastrand::choice(candidates.iter()) else {
+            self.parts.metrics.request(&NOBODY).refused(RefusalCode::Internal);
             return Err(Refusal::new(RefusalCode::Internal, "no pods available in datastore"));
         };
         Ok(Routed::to(endpoint.address()))
@@ -231,8 +238,7 @@ impl Director {
         let Inbound { headers, body, subset, .. } = inbound;
         let read = self.timers.parsing.time(|| self.read(&transit.id, headers, body, received));
         let request = read.inspect_err(|refusal| {
-            let nobody = RequestLabels { model: "", target: "", fairness: "", priority: 0 };
-            self.parts.metrics.request(&nobody).refused(refusal.code);
+            self.parts.metrics.request(&NOBODY).refused(refusal.code);
         })?;
         let metrics = self.parts.metrics.request(&RequestLabels {
             model: &request.parsed.model,
@@ -306,7 +312,7 @@ impl Director {
         for (configured, timer) in self.parts.admitters.iter().zip(&self.timers.admitters) {
             let Some(admitter) = configured.plugin.admitter() else { continue };
             let admit = || timer.time(|| admitter.admit(request, &candidates));
-            guarded(&configured.name, admit).unwrap_or(Ok(()))?;
+            guarded(&request.id, &configured.name, admit).unwrap_or(Ok(()))?;
         }
         let metrics: SmallVec<[Arc<Metrics>; 16]> =
             candidates.iter().map(|endpoint| endpoint.metrics()).collect();
@@ -364,8 +370,14 @@ impl Director {
             let Some(producer) = configured.plugin.producer() else { continue };
             let began = Instant::now();
             let data = &mut produced;
-            let waiting = guarded(&configured.name, || producer.produce(request, candidates, data));
-            if let Some(Some(waiting)) = waiting
+            let name = &*configured.name;
+            let waiting =
+                guarded(&request.id, name, || producer.produce(request, candidates, data));
+            if let Some(Some(mut waiting)) = waiting
+                && let waiting = poll_fn(|context| {
+                    let poll = || waiting.as_mut().poll(context);
+                    guarded(&request.id, name, poll).unwrap_or(Poll::Ready(()))
+                })
                 && tokio::time::timeout(PRODUCER_DEADLINE, waiting).await.is_err()
             {
                 tracing::warn!(
@@ -386,7 +398,7 @@ impl Director {
         row: &RequestMetrics,
     ) -> Result<SchedulingResult, Refusal> {
         let Parts { scheduler, metrics, .. } = &self.parts;
-        let result = guarded("scheduler", || scheduler.schedule(cycle));
+        let result = guarded(&cycle.request.id, "scheduler", || scheduler.schedule(cycle));
         metrics.scheduled(cycle.now.elapsed());
         let result = match result {
             Some(Ok(result)) => result,
@@ -423,13 +435,13 @@ impl Director {
         for (configured, timer) in self.parts.pre_requests.iter().zip(&self.timers.pre_requests) {
             let Some(hook) = configured.plugin.pre_request() else { continue };
             let call = || timer.time(|| hook.pre_request(cycle, result, edits));
-            match guarded(&configured.name, call) {
+            match guarded(&cycle.request.id, &configured.name, call) {
                 Some(Ok(Some(flight))) => {
                     transit.flights.push((Arc::clone(&configured.name), flight));
                 }
                 Some(Ok(None)) | None => {}
                 Some(Err(fault)) if fault.code == RefusalCode::Internal => {
-                    tracing::error!(plugin = %configured.name, %fault, "A plugin failed after scheduling; the request goes on.");
+                    tracing::error!(plugin = %configured.name, x_request_id = %cycle.request.id, %fault, "A plugin failed after scheduling; the request goes on.");
                 }
                 Some(Err(refusal)) => refused = refused.and(Err(refusal)),
             }
@@ -480,11 +492,18 @@ impl std::ops::Deref for Candidates {
     }
 }
 
-/// Runs a piece of a plugin. A panic of it is logged and gives `None`.
-fn guarded<T>(plugin: &str, run: impl FnOnce() -> T) -> Option<T> {
+/// Runs a piece of a plugin for a request. A panic of it is logged and gives `None`.
+fn guarded<T>(id: &str, plugin: &str, run: impl FnOnce() -> T) -> Option<T> {
     let outcome = catch_unwind(AssertUnwindSafe(run));
     if outcome.is_err() {
-        tracing::error!(plugin, "A plugin panicked; the request goes on without it.");
+        tracing::error!(
+            plugin,
+            x_request_id = id,
+            "A plugin panicked; the request goes on without it."
+        );
     }
     outcome.ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::{
     epp::{
-        director::{Decision, Director, Transit},
+        director::{Decision, Director, NOBODY, Transit},
         ext_proc::{Ask, Exchange, ExchangeConfig, Facts, Phase, Replies, headers::HeaderEdits},
         metrics::{EppMetrics, ErrorCode, Outcome, StreamGuard},
     },
@@ -120,7 +120,13 @@ impl Session {
     fn take(&mut self, message: ProcessingRequest) {
         let began = self.response_begins(&message);
         match self.exchange.receive(message, &mut self.replies) {
-            None => {}
+            None => {
+                // The exchange itself refuses what is too large, before anybody has read it.
+                if let Some(code) = self.exchange.facts().refused {
+                    self.metrics.immediate_response(code);
+                    self.metrics.request(&NOBODY).refused(code);
+                }
+            }
             Some(Ask::Route(inbound)) => {
                 let director = Arc::clone(&self.director);
                 let received = self.clock.received;
@@ -200,13 +206,7 @@ impl Session {
             }
         } else if facts.response_status.is_some() && facts.phase == Phase::Ended {
             // A response without a request: nobody knows the model.
-            let nobody = crate::epp::metrics::RequestLabels {
-                model: "",
-                target: "",
-                fairness: "",
-                priority: 0,
-            };
-            self.metrics.request(&nobody).finished(&self.clock.outcome(facts));
+            self.metrics.request(&NOBODY).finished(&self.clock.outcome(facts));
         }
     }
 
@@ -275,7 +275,14 @@ impl Stream for Session {
                 Some(Ok(message)) => session.take(message),
                 Some(Err(fault)) => {
                     session.close(Some(&fault));
-                    return Poll::Ready(None);
+                    if !session.ended {
+                        session.end();
+                    }
+                    // Envoy takes a stream that ends well for our consent, whatever it still waits for.
+                    return Poll::Ready(match fault.code() {
+                        Code::Cancelled => None,
+                        _ => Some(Err(fault)),
+                    });
                 }
                 None => {
                     session.close(None);

@@ -1,6 +1,10 @@
-//! The endpoint picker behind real Envoy, in front of mock engines.
+//! The endpoint picker in front of mock engines: behind real Envoy, and asked by a plain client.
 
+mod hermetic;
 mod http;
 mod path;
+mod process;
+mod proxy;
+mod raw;
 mod resilience;
 mod rig;

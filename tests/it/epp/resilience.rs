@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use super::{
     http::Call,
     path::{Path, Pods},
-    rig::{Envoy, Epp, endpoints_yaml},
+    rig::{Envoy, Epp, Labelled, endpoints_yaml},
 };
 use crate::support::{eventually, yaml_file};
 
@@ -41,7 +41,7 @@ schedulingProfiles:
     let mut pods = Pods::start(2);
     let file = yaml_file("");
     let write = |pods: &[(&str, SocketAddr)]| {
-        let list: Vec<(&str, SocketAddr, &[(&str, &str)])> =
+        let list: Vec<Labelled<'_>> =
             pods.iter().map(|(name, address)| (*name, *address, &[][..])).collect();
         // As ConfigMaps and careful editors do.
         let new = file.path().with_extension("new");

@@ -176,8 +176,11 @@ fn envoy_binary() -> PathBuf {
         .unwrap_or_else(|| panic!("no Envoy: run tests/run, or name one in {ENVOY_VARIABLE}"))
 }
 
+/// A pod's name, address and labels.
+pub(crate) type Labelled<'a> = (&'a str, SocketAddr, &'a [(&'a str, &'a str)]);
+
 /// The endpoints file of `pods`, each with labels.
-pub(crate) fn endpoints_yaml(pods: &[(&str, SocketAddr, &[(&str, &str)])]) -> String {
+pub(crate) fn endpoints_yaml(pods: &[Labelled<'_>]) -> String {
     let mut text = String::from("endpoints:\n");
     for (name, address, labels) in pods {
         text.push_str(&format!(
