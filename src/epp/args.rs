@@ -145,7 +145,7 @@ pub struct Args {
     /// Time between scrapes of an endpoint; at least 50ms.
     #[arg(long, value_name = "DURATION", default_value = "50ms", value_parser = units::duration)]
     pub refresh_metrics_interval: Duration,
-    /// Time between updates of the pool's gauges.
+    /// Accepted without effect: the pool's gauges are worked out when they are read.
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = units::duration)]
     pub refresh_prometheus_metrics_interval: Duration,
     /// Age from which metrics of an endpoint are stale.

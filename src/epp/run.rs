@@ -20,7 +20,6 @@ use crate::{
         datalayer::{
             Endpoint, EndpointWatcher, Endpoints, UnknownMetrics,
             discovery::{Discovery, Loaded},
-            engines::MetricNameFlags,
             scrape::Scraper,
         },
         director::{Director, NoObjectives, Parts},
@@ -185,7 +184,7 @@ pub async fn run(
 
     let limits = grpc_options(args);
     let exchange =
-        ExchangeConfig { max_body_bytes: limits.max_receive_bytes, ..ExchangeConfig::default() };
+        ExchangeConfig { max_body_bytes: max_body_bytes(args), ..ExchangeConfig::default() };
     let tls = tls(args, &epp_metrics, &mut supervisor)?;
     let options = ServerOptions { tls, drain: args.drain_timeout, ..ServerOptions::default() };
     let on_main = args.health_checking.then(|| health.clone());
@@ -212,6 +211,13 @@ pub async fn run(
             Ok(http_admin::serve(debug, routes, http_admin::Limits::default(), stop).await?)
         });
     }
+    tracing::info!(
+        ext_proc = %addresses.ext_proc,
+        tls = args.secure_serving,
+        health = %addresses.health,
+        metrics = %addresses.metrics,
+        "The endpoint picker serves."
+    );
     bound(addresses);
     // Without Kubernetes nobody looks at readiness before it sends, so accepting ends at once.
     supervisor.run(Duration::ZERO, args.drain_timeout + DRAIN_MARGIN).await
@@ -247,9 +253,8 @@ impl Scraping {
             let Some(data_source) = MetricsDataSource::of(&*source.plugin) else { continue };
             for extractor in extractors {
                 let Some(core) = CoreMetricsExtractor::of(&*extractor.plugin) else { continue };
-                let engines = core
-                    .engines(&MetricNameFlags::default())
-                    .with_context(|| format!("plugin '{}'", extractor.name))?;
+                let engines =
+                    core.engines().with_context(|| format!("plugin '{}'", extractor.name))?;
                 let config = data_source.config(args.refresh_metrics_interval());
                 let scraper = Scraper::new(config, engines)
                     .with_context(|| format!("plugin '{}'", source.name))?;
@@ -291,13 +296,21 @@ impl EndpointWatcher for PluginRemovals {
     }
 }
 
+/// The largest request body: `--grpc-max-recv-msg-size`.
+fn max_body_bytes(args: &Args) -> usize {
+    let given =
+        args.grpc_max_recv_msg_size.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    given.unwrap_or(ExchangeConfig::default().max_body_bytes)
+}
+
 fn grpc_options(args: &Args) -> GrpcOptions {
-    let bytes =
-        |given: Option<u64>| given.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-    let default = GrpcOptions::default();
+    /// What a message has besides a body.
+    const ENVELOPE: usize = 64 << 10;
+    let send =
+        args.grpc_max_send_msg_size.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
     GrpcOptions {
-        max_receive_bytes: bytes(args.grpc_max_recv_msg_size).unwrap_or(default.max_receive_bytes),
-        max_send_bytes: bytes(args.grpc_max_send_msg_size).unwrap_or(default.max_send_bytes),
+        max_receive_bytes: max_body_bytes(args).saturating_add(ENVELOPE),
+        max_send_bytes: send.unwrap_or(GrpcOptions::default().max_send_bytes),
     }
 }
 

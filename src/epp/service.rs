@@ -225,7 +225,11 @@ impl Session {
             // How Envoy ends every exchange.
             Code::Ok | Code::Cancelled => {}
             _ => {
-                let id = self.transit.as_ref().map(|transit| &*transit.id).unwrap_or_default();
+                let transit = self.transit.as_ref();
+                if let Some((row, _)) = transit.and_then(|transit| transit.metrics.as_ref()) {
+                    row.failed(ErrorCode::Unknown);
+                }
+                let id = transit.map(|transit| &*transit.id).unwrap_or_default();
                 tracing::warn!(x_request_id = id, ?code, "An ext_proc stream broke off.");
             }
         }

@@ -205,21 +205,6 @@ pub fn builtin() -> Vec<EngineConfig> {
     vec![vllm, sglang, trtllm, triton_trtllm, triton]
 }
 
-/// Names of vLLM's metrics from the command line: flags of older releases that still work.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MetricNameFlags {
-    /// `--total-queued-requests-metric`.
-    pub queued: Option<MetricSpec>,
-    /// `--total-running-requests-metric`.
-    pub running: Option<MetricSpec>,
-    /// `--kv-cache-usage-percentage-metric`.
-    pub kv_usage: Option<MetricSpec>,
-    /// `--lora-info-metric`.
-    pub lora: Option<MetricSpec>,
-    /// `--cache-info-metric`.
-    pub cache_info: Option<MetricSpec>,
-}
-
 /// How pages are read: the parameters of `core-metrics-extractor`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnginesConfig {
@@ -272,13 +257,12 @@ pub struct Engines {
 }
 
 impl Engines {
-    /// Compiles the configured engines and the built-in ones. `flags` rename metrics of the built-in
-    /// vLLM; a configured one stays as it is.
+    /// Compiles the configured engines and the built-in ones.
     ///
     /// # Errors
     ///
     /// The first thing about `config` that makes no sense.
-    pub fn new(config: &EnginesConfig, flags: &MetricNameFlags) -> Result<Self, EngineError> {
+    pub fn new(config: &EnginesConfig) -> Result<Self, EngineError> {
         let mut by_name = BTreeMap::new();
         for engine in &config.engines {
             match engine.name.as_str() {
@@ -297,10 +281,7 @@ impl Engines {
                 return Err(EngineError::Twice(engine.name.clone()));
             }
         }
-        for mut engine in builtin() {
-            if engine.name == "vllm" {
-                engine.rename(flags);
-            }
+        for engine in builtin() {
             by_name.entry(engine.name.clone()).or_insert_with(|| Arc::new(Engine::new(&engine)));
         }
         let Some(default) = by_name.get(&config.default) else {
@@ -337,25 +318,6 @@ impl Default for Engines {
             .collect();
         let default = by_name.get(DEFAULT_ENGINE).cloned().unwrap_or_default();
         Self { label: ENGINE_LABEL.to_owned(), by_name, default }
-    }
-}
-
-impl EngineConfig {
-    fn rename(&mut self, flags: &MetricNameFlags) {
-        for (ours, flag) in [
-            (&mut self.queued, &flags.queued),
-            (&mut self.running, &flags.running),
-            (&mut self.lora, &flags.lora),
-            (&mut self.cache_info, &flags.cache_info),
-        ] {
-            if flag.is_some() {
-                ours.clone_from(flag);
-            }
-        }
-        if flags.kv_usage.is_some() {
-            self.kv_usage.clone_from(&flags.kv_usage);
-            self.old_kv_usage = None;
-        }
     }
 }
 

@@ -112,8 +112,6 @@ pub enum DropReason {
     RejectedSaturated,
     /// The pool, or its hinted subset, is empty.
     RejectedNoEndpoints,
-    /// We are stopping.
-    RejectedShuttingDown,
 }
 
 impl DropReason {
@@ -123,7 +121,6 @@ impl DropReason {
         match self {
             Self::RejectedSaturated => "rejected-saturated",
             Self::RejectedNoEndpoints => "rejected-no-endpoints",
-            Self::RejectedShuttingDown => "rejected-shutting-down",
         }
     }
 }

@@ -11,9 +11,7 @@ use crate::{
     epp::{
         datalayer::{
             UnknownMetrics,
-            engines::{
-                EngineConfig, EngineError, Engines, EnginesConfig, MetricNameFlags, MetricSpec,
-            },
+            engines::{EngineConfig, EngineError, Engines, EnginesConfig, MetricSpec},
         },
         scheduling::Plugin,
     },
@@ -57,13 +55,13 @@ impl CoreMetricsExtractor {
         (plugin as &dyn Any).downcast_ref()
     }
 
-    /// The engines. `flags` rename metrics of the built-in vLLM.
+    /// The engines.
     ///
     /// # Errors
     ///
     /// None for a plugin that was built: its parameters were checked.
-    pub fn engines(&self, flags: &MetricNameFlags) -> Result<Engines, EngineError> {
-        Engines::new(&self.config, flags)
+    pub fn engines(&self) -> Result<Engines, EngineError> {
+        Engines::new(&self.config)
     }
 
     /// What to think of endpoints without metrics; `None` = what `--unknown-metrics` says.
@@ -92,7 +90,7 @@ fn read(params: &Fields<'_>) -> CoreMetricsExtractor {
     let default = filled(params.string("defaultEngine")).unwrap_or(default.default);
     let engines = params.each("engineConfigs").into_iter().map(engine).collect();
     let config = EnginesConfig { label, default, engines };
-    if let Err(error) = Engines::new(&config, &MetricNameFlags::default()) {
+    if let Err(error) = Engines::new(&config) {
         match error {
             EngineError::NoDefault(..) => params.fault("defaultEngine", error.to_string()),
             // The entry has it already.
@@ -167,7 +165,7 @@ mod tests {
         let mut info = StaticList::parse("a=127.0.0.1:1").unwrap();
         info.labels =
             labels.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect::<BTreeMap<_, _>>();
-        let engines = extractor.engines(&MetricNameFlags::default()).unwrap();
+        let engines = extractor.engines().unwrap();
         engines.of(&Endpoint::new(EndpointId(0), info)).name().to_owned()
     }
 

@@ -49,7 +49,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 /// HTTP/2 window of a stream, in bytes: a body of a megabyte needs no round trip for its window.
 const STREAM_WINDOW: u32 = 2 << 20;
@@ -469,13 +469,5 @@ where
 {
     fn execute(&self, future: F) {
         self.0.spawn(future);
-    }
-}
-
-/// Logs where a listener serves.
-pub fn announce(what: &'static str, listener: &TcpListener, tls: bool) {
-    match listener.local_addr() {
-        Ok(address) => info!(%address, tls, "Serving {what}."),
-        Err(error) => warn!(%error, "Serving {what} on an unknown address."),
     }
 }

@@ -232,28 +232,3 @@ fn specifications_are_read_as_in_go() {
         assert!(MetricSpec::parse(wrong).is_err(), "{wrong}");
     }
 }
-
-#[test]
-fn flags_rename_the_builtin_metrics_of_vllm() {
-    let spec = |text: &str| MetricSpec::parse(text).unwrap();
-    let flags =
-        MetricNameFlags { queued: spec("q"), kv_usage: spec("u"), ..MetricNameFlags::default() };
-    let read_with = |config: &EnginesConfig, page: &str| {
-        let engines = Engines::new(config, &flags).unwrap();
-        let mut reader = PageReader::new(Arc::clone(&engines.default));
-        let mut metrics = Metrics::default();
-        read(&mut reader, page, &mut metrics);
-        (metrics.waiting, metrics.running, metrics.kv_usage)
-    };
-    let page = "q 1\nu 0.5\nvllm:num_requests_running 2\nvllm:gpu_cache_usage_perc 1\n\
-                vllm:num_requests_waiting 7\n";
-    assert_eq!(read_with(&EnginesConfig::default(), page), (1, 2, 0.5));
-    assert_eq!(read_with(&EnginesConfig::default(), "vllm:gpu_cache_usage_perc 1\n").2, 0.0);
-    let own = EngineConfig {
-        name: "vllm".to_owned(),
-        queued: spec("vllm:num_requests_waiting"),
-        ..EngineConfig::default()
-    };
-    let config = EnginesConfig { engines: vec![own], ..EnginesConfig::default() };
-    assert_eq!(read_with(&config, page), (7, 0, 0.0));
-}
