@@ -64,9 +64,9 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 /// sends at most 16 KiB whatever we allow.
 const FRAME: u32 = 64 << 10;
 
-/// What of one stream's answers may wait for the socket, in bytes. Two frames keep it busy; bodies that
+/// What of one stream's answers may wait for the socket, in bytes. One frame keeps it busy; bodies that
 /// are sent back wait as the bytes they came in, not copied into frames.
-const SEND_BUFFER: usize = 128 << 10;
+const SEND_BUFFER: usize = 64 << 10;
 
 /// Bytes of a call's HTTP/2 headers: those of gRPC alone. The headers of the HTTP request that Envoy
 /// processes are in messages.
