@@ -148,6 +148,13 @@ impl Transit {
         Self { id, metrics: None, flights: Vec::new() }
     }
 
+    /// Lets go of what plugins keep.
+    fn release(&mut self) {
+        for (name, flight) in self.flights.drain(..) {
+            guarded(&self.id, &name, || drop(flight));
+        }
+    }
+
     /// Response headers are about to be passed on.
     pub fn response_headers(&mut self, edits: &mut HeaderEdits) {
         for (name, flight) in &mut self.flights {
@@ -160,6 +167,12 @@ impl Transit {
         for (name, flight) in &mut self.flights {
             guarded(&self.id, name, || flight.response_started());
         }
+    }
+}
+
+impl Drop for Transit {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 
@@ -254,7 +267,7 @@ impl Director {
             }
             Err(refusal) => {
                 // Nothing of it is on its way.
-                transit.flights.clear();
+                transit.release();
                 metrics.refused(refusal.code);
             }
         }

@@ -836,6 +836,11 @@ fn what_breaks_on_the_way_back_is_left_out() {
             fault::<()>();
         }
     }
+    impl Drop for Broken {
+        fn drop(&mut self) {
+            fault::<()>();
+        }
+    }
     let log = Log::default();
     let ready = Bench::new(1)
         .with(|parts| {
@@ -848,6 +853,10 @@ fn what_breaks_on_the_way_back_is_left_out() {
     transit.response_headers(&mut HeaderEdits::new());
     transit.response_started();
     assert_eq!(log.take(), ["whole heard", "whole headers", "whole started"]);
+    drop(transit);
+    assert_eq!(log.take(), ["whole dropped"]);
+    let running = [r#"model_name="m""#];
+    assert_eq!(ready.metric("llm_d_epp_request_running", &running), 0.0);
 }
 
 #[tokio::test(start_paused = true)]

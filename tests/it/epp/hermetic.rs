@@ -17,7 +17,7 @@ use tonic::codec::CompressionEncoding;
 use super::{
     path::Pods,
     proxy::{
-        self, Client, Said, body, headers, hinted, response_body, response_headers,
+        self, Client, Said, Talk, body, headers, hinted, response_body, response_headers,
         response_trailers, trailers,
     },
     rig::Epp,
@@ -606,6 +606,75 @@ fn a_whole_exchange_is_accounted_for() {
     ] {
         assert_eq!(super::rig::sum_of(&page, name, model), expected, "{name}\n{page}");
     }
+    scene.stop();
+}
+
+#[test]
+fn what_plugins_count_of_a_request_ends_with_it() {
+    // No profile names the plugin.
+    let config = ALL.replace(
+        "plugins:\n- type: queue",
+        "plugins:\n- type: inflight-load-producer\n- type: queue",
+    );
+    let scene = Scene::start(&config, &THREE, &[]);
+    let counted = |requests: f64, tokens: bool| {
+        eventually("in flight", || {
+            let held = scene.epp.metric("llm_d_epp_inflight_requests", "pod-1");
+            let held_tokens = scene.epp.metric("llm_d_epp_inflight_tokens", "pod-1");
+            if held == requests && (held_tokens > 0.0) == tokens {
+                Ok(())
+            } else {
+                Err(format!("{held} requests, {held_tokens} tokens"))
+            }
+        });
+    };
+    let runtime = &scene.pods.runtime;
+    // Prompts of their own, since what is cached costs no tokens.
+    let begin = |prompt: &str| {
+        let text = completion("m", &prompt.repeat(50));
+        runtime.block_on(async {
+            let mut talk = Talk::begin(&scene.client).await;
+            talk.send(plain()).await;
+            talk.send(body(text.clone(), true)).await;
+            assert!(matches!(talk.reply().await, Said::Headers(..)));
+            assert!(matches!(talk.reply().await, Said::Body(_, true)));
+            talk
+        })
+    };
+    let mut talk = begin("first ");
+    counted(1.0, true);
+    // The first byte says that the prompt is computed, later ones say nothing.
+    for chunk in ["data: 1\n\n", "data: 2\n\n"] {
+        runtime.block_on(async {
+            if chunk.contains('1') {
+                let head = [(":status", "200"), ("content-type", "text/event-stream")];
+                talk.send(response_headers(&head, false)).await;
+                talk.reply().await;
+            }
+            talk.send(response_body(chunk, false)).await;
+            talk.reply().await;
+        });
+        counted(1.0, false);
+    }
+    runtime.block_on(async {
+        talk.send(response_body("", true)).await;
+        talk.reply().await;
+        talk.finish().await;
+    });
+    counted(0.0, false);
+    // The client goes away, before the response or in the midst of it; our side is closed.
+    let talk = begin("second ");
+    counted(1.0, true);
+    drop(talk);
+    counted(0.0, false);
+    let mut talk = begin("third ");
+    runtime.block_on(async {
+        talk.send(response_headers(&[(":status", "200")], false)).await;
+        talk.reply().await;
+    });
+    counted(1.0, true);
+    runtime.block_on(talk.finish());
+    counted(0.0, false);
     scene.stop();
 }
 

@@ -318,6 +318,30 @@ fn a_port_that_is_taken_ends_the_start() {
     assert!(err.contains("--grpc-port") && err.contains(&port), "{err}");
 }
 
+#[test]
+fn endpoints_that_cannot_be_read_end_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let endpoints = folder.path().join("endpoints.yaml");
+    let config = format!(
+        "plugins: [{{type: file-discovery, parameters: {{path: {}}}}}, {{type: random-picker}}]\n\
+         dataLayer: {{discovery: {{pluginRef: file-discovery}}}}\n\
+         schedulingProfiles: [{{name: default, plugins: [{{pluginRef: random-picker}}]}}]\n",
+        endpoints.display()
+    );
+    let config = yaml_file(&config);
+    let file = config.path().to_str().unwrap();
+    for text in [None, Some("endpoints: nonsense")] {
+        if let Some(text) = text {
+            fs::write(&endpoints, text).unwrap();
+        }
+        let ports = ["--bind-address=127.0.0.1", "--grpc-port=0", "--grpc-health-port=0"];
+        let line = [&["--config-file", file, "--metrics-port=0"][..], &ports].concat();
+        let (status, _, err) = run(&line);
+        assert_eq!(status, 1, "{text:?}: {err}");
+        assert!(err.contains("endpoints.yaml"), "{text:?}: {err}");
+    }
+}
+
 // Pages.
 
 #[test]
@@ -357,7 +381,8 @@ fn pages_for_operators() {
 fn metrics_have_their_old_and_new_names() {
     let pods = Pods::start(1);
     let flags = pods.flags();
-    let epp = Epp::start(BY_QUEUE, &[&flags[0], "--enable-grpc-stream-metrics"]);
+    let epp =
+        Epp::start(BY_QUEUE, &[&flags[0], "--enable-grpc-stream-metrics", "--pool-name=the-pool"]);
     let runtime = runtime();
     let answer = r#"{"usage":{"prompt_tokens":1,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1}}}"#;
     let mut messages = request();
@@ -369,6 +394,9 @@ fn metrics_have_their_old_and_new_names() {
         let page = epp.scrape();
         if page.contains("epp_scrape_age_seconds{") { Ok(page) } else { Err(page) }
     });
+    for name in ["llm_d_epp_ready_endpoints", "inference_pool_ready_pods"] {
+        assert_eq!(epp.metric(name, r#"name="the-pool""#), 1.0, "{name}");
+    }
     let types: Vec<&str> = page.lines().filter(|line| line.starts_with("# TYPE ")).collect();
     for name in [
         // With the names that they replace.
@@ -487,6 +515,24 @@ fn logs_name_the_request_and_never_tell_the_prompt() {
     let told: Vec<&str> = log.lines().filter(|line| line.contains(MARKER)).collect();
     assert!(told.is_empty(), "{told:#?}");
     pods.stop();
+}
+
+#[test]
+fn logs_may_be_json() {
+    for flag in ["--log-format=json", "--zap-encoder=json"] {
+        let epp = Epp::start(BY_QUEUE, &[NOWHERE, "-v=4", flag]);
+        replies(&runtime(), epp.grpc, request());
+        let log = epp.program.finish();
+        let lines: Vec<Value> = log
+            .lines()
+            .filter(|line| !line.contains(" listening on "))
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}")))
+            .collect();
+        let routed = lines.iter().find(|line| line["message"] == "Routed a request.");
+        let routed = routed.unwrap_or_else(|| panic!("{log}"));
+        assert_eq!(routed["x_request_id"], "the-request");
+        assert_eq!(routed["destination"], "127.0.0.1:1");
+    }
 }
 
 // Input that makes no sense.
