@@ -577,7 +577,7 @@ fn nothing_that_comes_in_stops_the_program() {
     flags[0] = 77;
     let mut noise = vec![0; 500];
     random.fill(&mut noise);
-    let large = raw::framed(&body(vec![b' '; 70_000], true).encode_to_vec());
+    let large = raw::framed(&body(vec![b' '; 140_000], true).encode_to_vec());
     let endless = [0, 255, 255, 255, 255, 1].to_vec();
     for stream in
         [raw::framed(&[255; 40]), cut, compressed, flags, raw::framed(&noise), large, endless]
