@@ -66,12 +66,11 @@ impl PluginTypes {
 }
 
 /// Names that the Go EPP warns about, and what it says instead.
-const DEPRECATED_NAMES: [(&str, &str); 8] = [
+const DEPRECATED_NAMES: [(&str, &str); 7] = [
     ("by-label", "use label-selector-filter"),
     ("by-label-selector", "use label-selector-filter"),
     ("disagg-headers-handler", "disagg-profile-handler sets the headers itself"),
     ("kv-cache-scorer", "use kv-cache-utilization-scorer"),
-    ("pd-profile-handler", "use disagg-profile-handler"),
     ("precise-prefix-cache-scorer", "use precise-prefix-cache-producer and prefix-cache-scorer"),
     ("prefill-header-handler", "disagg-profile-handler sets the headers itself"),
     ("tokenizer", "use token-producer"),
