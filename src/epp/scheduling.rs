@@ -212,6 +212,12 @@ pub trait ProfileHandler {
     fn primary_port(&self) -> Option<u16> {
         None
     }
+
+    /// The name of the profile without which no request finds an endpoint; `None` = any profile will
+    /// do. A configuration that lacks it is refused.
+    fn needs(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// Decides whether a further stage is worth it once the decode endpoint is known.

@@ -278,7 +278,7 @@ impl<'r> Loader<'r> {
         self.build_all();
         let saturation = self.saturation(config.saturation);
         let profiles = self.profiles(&config.profiles);
-        let handler = self.handler(config.profiles.len().max(1));
+        let handler = self.handler(&config.profiles);
         let parsers = self.parsers(&config.parsers);
         let metrics = self.metrics(&config.data_layer);
         let discovery = config.data_layer.discovery.as_ref().and_then(|it| self.discovery(it));

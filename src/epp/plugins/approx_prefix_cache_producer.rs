@@ -90,6 +90,8 @@ fn read(params: &Fields<'_>) -> Sizing {
     let mut block = params.integer("blockSizeTokens", 0..=MAX_TOKENS).unwrap_or(DEFAULT_BLOCK);
     if block == DEFAULT_BLOCK {
         block = deprecated.unwrap_or(block);
+    } else if deprecated.is_some() {
+        params.warn("blockSize", "has no effect beside `blockSizeTokens`");
     } else if block == 0 && !auto_tune {
         params.fault("blockSizeTokens", "must be greater than 0 when autoTune is off");
     }
@@ -102,6 +104,12 @@ fn read(params: &Fields<'_>) -> Sizing {
         params.integer("maxPrefixBlocksToMatch", 0..=MAX_TOKENS).unwrap_or(DEFAULT_MAX_BLOCKS);
     if (1..block.max(LEAST_BLOCK)).contains(&max_tokens) {
         params.warn("maxPrefixTokensToMatch", "is less than a block: nothing will ever match");
+    }
+    if max_tokens > 0 && params.has("maxPrefixBlocksToMatch") {
+        let text = format!(
+            "has no effect unless maxPrefixTokensToMatch is 0: {max_tokens} tokens are the limit"
+        );
+        params.warn("maxPrefixBlocksToMatch", text);
     }
     let limit = match (max_tokens, max_blocks) {
         (0, 0) => Limit::None,

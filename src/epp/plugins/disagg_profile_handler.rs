@@ -293,6 +293,10 @@ impl ProfileHandler for DisaggProfileHandler {
     fn primary_port(&self) -> Option<u16> {
         self.primary_port
     }
+
+    fn needs(&self) -> Option<&str> {
+        Some(&self.decode)
+    }
 }
 
 impl PreRequest for DisaggProfileHandler {

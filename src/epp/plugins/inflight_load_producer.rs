@@ -99,6 +99,11 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
     let add = params.boolean("addEstimatedOutputTokens").unwrap_or(false);
     let ratio = params.number("outputRatio", 0.0).unwrap_or(DEFAULT_OUTPUT_RATIO);
     let most = params.integer("maxEstimatedOutputTokens", 0..=u64::MAX).unwrap_or(u64::MAX);
+    for name in ["outputRatio", "maxEstimatedOutputTokens"] {
+        if !add && params.has(name) {
+            params.warn(name, "has no effect unless addEstimatedOutputTokens is true");
+        }
+    }
     if params.boolean("syncCrossReplicaState") == Some(true) {
         params.warn("syncCrossReplicaState", "has no effect: replicas do not share their load");
     }

@@ -12,10 +12,11 @@
 //!
 //! `length` is the prompt in bytes as the body has it: text without its quotes, messages with all
 //! their JSON. The blocks are those that the plugin `prefixPluginName` (default
-//! `prefix-cache-scorer`) matched; `block` is `hashBlockSize` (bytes), or, where it is not given, four
-//! bytes for each token of a block of that plugin. If it matched nothing known, nothing is cached. The Go handler subtracts 1
-//! from the blocks because the first one once stood for the model's name; it has not since Gateway API
-//! Inference Extension 1.1, so that this would take a cached block for an uncached one.
+//! `prefix-cache-scorer`, which is added if there is none) matched, or the producer by whose matches
+//! it scores; `block` is `hashBlockSize` (bytes), or, where it is not given, four bytes for each token
+//! of a block of that plugin. If it matched nothing known, nothing is cached. The Go handler subtracts
+//! 1 from the blocks because the first one once stood for the model's name; it has not since Gateway
+//! API Inference Extension 1.1, so that this would take a cached block for an uncached one.
 //!
 //! When decode finds nobody: 429 `failed to find available decode workers`; when prefill finds nobody:
 //! decode alone. A pod is never the prefill pod of its own decode, as in
@@ -23,8 +24,8 @@
 //!
 //! Other parameters: `decodeProfile` (default `decode`), `prefillProfile` (default `prefill`),
 //! `primaryPort` (default 0: none): the port of a sidecar that fans out to data-parallel ranks;
-//! requests go there, and `x-data-parallel-host-port` names the picked rank. `prefixPluginType` and,
-//! with a decider, `prefixPluginName` and `prefixMatchInfoProducerName` have no effect.
+//! requests go there, and `x-data-parallel-host-port` names the picked rank. `prefixPluginType`,
+//! `prefixMatchInfoProducerName` and, with a decider, `prefixPluginName` have no effect, with a warning.
 
 use std::sync::Arc;
 
@@ -32,6 +33,7 @@ use super::{
     Building, Registration, Stability,
     disagg_profile_handler::{decider, decode_and_prefill, pending, primary_port, set_rank_header},
     prefix::BYTES_PER_TOKEN,
+    prefix_cache_scorer,
 };
 use crate::{
     epp::{
@@ -50,15 +52,19 @@ use crate::{
 pub const REGISTRATION: Registration = Registration {
     type_name: "pd-profile-handler",
     aliases: &[],
-    stability: Stability::Deprecated("use disagg-profile-handler instead"),
+    stability: Stability::Deprecated("use disagg-profile-handler"),
     factory: Some(build),
 };
+
+const PREFIX_PLUGIN: &str = "prefixPluginName";
 
 /// How it is decided whether prefill runs.
 #[derive(Debug)]
 enum Rule {
-    /// By uncached characters.
-    Threshold { least: u64, plugin: Arc<str>, block: Option<u32> },
+    /// Always.
+    Always,
+    /// By characters that `producer` does not know to be cached; `least` is positive.
+    Threshold { least: u64, producer: Arc<str>, block: Option<u32> },
     /// By a decider.
     Decider(Arc<dyn Plugin>),
 }
@@ -80,11 +86,11 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
     };
     let decode = name("decodeProfile", "decode");
     let prefill = name("prefillProfile", "prefill");
-    let plugin = name("prefixPluginName", "prefix-cache-scorer");
     let by_characters = params.has("threshold") || params.has("hashBlockSize");
     let least = params.integer("threshold", 0..=u64::from(u32::MAX));
     let block = params.integer("hashBlockSize", 1..=u64::from(u32::MAX));
     let decider_name = params.string("deciderPluginName").filter(|name| !name.is_empty());
+    let prefix_name = params.string(PREFIX_PLUGIN).filter(|name| !name.is_empty());
     params.ignored("prefixPluginType", "has no effect: plugins are found by name");
     params.ignored("prefixMatchInfoProducerName", "has no effect: deciders name their producers");
     let primary_port = primary_port(params);
@@ -95,8 +101,17 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
                 "cannot be used together with `threshold` or `hashBlockSize`",
             );
         }
-        Rule::Threshold { least: least.unwrap_or_default(), plugin, block }
+        match least {
+            Some(least @ 1..) => {
+                let producer = matches_of(params, building, prefix_name.as_deref())?;
+                Rule::Threshold { least, producer, block }
+            }
+            _ => Rule::Always,
+        }
     } else {
+        if prefix_name.is_some() {
+            params.warn(PREFIX_PLUGIN, "has no effect without `threshold` or `hashBlockSize`");
+        }
         let name = match decider_name {
             Some(name) => name.into(),
             None => building.default_of(super::prefix_based_pd_decider::REGISTRATION.type_name),
@@ -111,6 +126,31 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
         REGISTRATION.type_name,
     );
     Some(Arc::new(PdProfileHandler { decode, prefill, rule, primary_port, decisions }))
+}
+
+/// The producer of the matches that the plugin `named`, or else the default one, scores by: itself, or
+/// the one whose matches it reads. `None`, with a fault, if there is no such.
+fn matches_of(
+    params: &Fields<'_>,
+    building: &dyn Building,
+    named: Option<&str>,
+) -> Option<Arc<str>> {
+    let name = match named {
+        Some(name) => name.into(),
+        None => building.default_of(prefix_cache_scorer::REGISTRATION.type_name),
+    };
+    let plugin = building.plugin(params, PREFIX_PLUGIN, &name)?;
+    let written = plugin.producer().map_or_else(Vec::new, |producer| producer.produces(&name));
+    let found = written.into_iter().chain(plugin.consumes()).find_map(|key| match key {
+        DataKey::Prefix(producer) => Some(producer),
+        _ => None,
+    });
+    if found.is_none() {
+        let type_name = plugin.type_name();
+        let text = format!("plugin '{name}' of type '{type_name}' knows no prefix matches");
+        params.fault(PREFIX_PLUGIN, text);
+    }
+    found
 }
 
 /// Bytes of the prompt as the body has it; quotes of strings are not counted.
@@ -128,9 +168,9 @@ impl Rule {
             Self::Decider(plugin) => {
                 plugin.decider().is_some_and(|decider| decider.decide(cycle, decode))
             }
-            Self::Threshold { least: 0, .. } => true,
-            Self::Threshold { least, plugin, block } => {
-                let cached = cycle.produced.prefix(plugin).map_or(0, |matches| {
+            Self::Always => true,
+            Self::Threshold { least, producer, block } => {
+                let cached = cycle.produced.prefix(producer).map_or(0, |matches| {
                     let blocks = matches.matched.get(decode).copied().unwrap_or_default();
                     let of_matches = u64::from(matches.block) * BYTES_PER_TOKEN as u64;
                     u64::from(blocks) * block.map_or(of_matches, u64::from)
@@ -153,10 +193,8 @@ impl Plugin for PdProfileHandler {
     }
     fn consumes(&self) -> Vec<DataKey> {
         match &self.rule {
-            Rule::Threshold { least: 1.., plugin, .. } => {
-                vec![DataKey::Prefix(Arc::clone(plugin))]
-            }
-            _ => Vec::new(),
+            Rule::Threshold { producer, .. } => vec![DataKey::Prefix(Arc::clone(producer))],
+            Rule::Always | Rule::Decider(_) => Vec::new(),
         }
     }
 }
@@ -194,6 +232,10 @@ impl ProfileHandler for PdProfileHandler {
 
     fn primary_port(&self) -> Option<u16> {
         self.primary_port
+    }
+
+    fn needs(&self) -> Option<&str> {
+        Some(&self.decode)
     }
 }
 

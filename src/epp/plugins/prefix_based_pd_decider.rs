@@ -33,8 +33,9 @@ const DEFAULT_PRODUCER: &str = "approx-prefix-cache-producer";
 fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>> {
     let tokens = |name| params.integer(name, 0..=u64::from(u32::MAX)).unwrap_or_default();
     let (non_cached_tokens, prompt_tokens) = (tokens("nonCachedTokens"), tokens("promptTokens"));
-    let producer = params.nonempty("prefixMatchInfoProducerName");
-    let producer = match producer {
+    // An empty name is none, as everywhere.
+    let named = params.string("prefixMatchInfoProducerName").filter(|name| !name.is_empty());
+    let producer = match named {
         Some(name) => Some(name.into()),
         // Without a threshold nobody's matches are read: no producer has to be added for us.
         None => (non_cached_tokens > 0).then(|| building.default_of(DEFAULT_PRODUCER)),
@@ -126,8 +127,10 @@ mod tests {
 
     #[test]
     fn another_producer_can_be_named() {
-        let params = json!({"nonCachedTokens": 5, "prefixMatchInfoProducerName": "mine"});
-        let plugin = build(REGISTRATION, params).unwrap();
+        let named = |name| json!({"nonCachedTokens": 5, "prefixMatchInfoProducerName": name});
+        let plugin = build(REGISTRATION, named("")).unwrap();
+        assert_eq!(plugin.consumes(), [DataKey::Prefix(DEFAULT_PRODUCER.into()), DataKey::Tokens]);
+        let plugin = build(REGISTRATION, named("mine")).unwrap();
         assert_eq!(plugin.consumes(), [DataKey::Prefix("mine".into()), DataKey::Tokens]);
         let mut rig = Rig::new([scraped()]);
         rig.produced.tokens = Some(vec![1; 48].into());

@@ -115,6 +115,9 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
         let text = "must be greater than 0 when matchLengthWeight is";
         params.fault("matchLengthScaleTokens", text);
     }
+    if weight == 0.0 && scale.is_some() {
+        params.warn("matchLengthScaleTokens", "has no effect while matchLengthWeight is 0");
+    }
     let named = params.string(PRODUCER).filter(|name| !name.is_empty());
     let source = match (own, named) {
         (Some(own), Some(_)) => {
@@ -183,7 +186,13 @@ fn read(params: &Fields<'_>) -> Sizing {
     let auto_tune = params.boolean("autoTune").unwrap_or(given.is_empty());
     let blocks = positive("maxPrefixBlocksToMatch", MAX_LENGTH);
     let limit = match positive("maxPrefixTokensToMatch", MAX_LENGTH) {
-        Some(tokens) => Limit::Bytes(tokens * BYTES_PER_TOKEN),
+        Some(tokens) => {
+            if blocks.is_some() {
+                let text = "has no effect beside `maxPrefixTokensToMatch`";
+                params.warn("maxPrefixBlocksToMatch", text);
+            }
+            Limit::Bytes(tokens * BYTES_PER_TOKEN)
+        }
         None => Limit::Blocks(blocks.unwrap_or(DEFAULT_MAX_BLOCKS)),
     };
     let block = bytes.or(older).or(tokens.map(|tokens| tokens * BYTES_PER_TOKEN));

@@ -66,7 +66,7 @@ impl PluginTypes {
 }
 
 /// Names that the Go EPP warns about, and what it says instead.
-const DEPRECATED_NAMES: [(&str, &str); 8] = [
+const DEPRECATED_NAMES: [(&str, &str); 7] = [
     ("by-label", "use label-selector-filter"),
     ("by-label-selector", "use label-selector-filter"),
     (
@@ -74,7 +74,6 @@ const DEPRECATED_NAMES: [(&str, &str); 8] = [
         "pd-profile-handler needs it; disagg-profile-handler sets the headers itself",
     ),
     ("kv-cache-scorer", "use kv-cache-utilization-scorer"),
-    ("pd-profile-handler", "use disagg-profile-handler"),
     ("precise-prefix-cache-scorer", "use precise-prefix-cache-producer and prefix-cache-scorer"),
     (
         "prefill-header-handler",

@@ -1,6 +1,9 @@
 //! What is refused, and how that is said.
 
-use super::{fakes::with_test_types, load_with};
+use super::{
+    fakes::{release, with_test_types},
+    load_with,
+};
 
 /// All faults, as they are printed.
 #[track_caller]
@@ -266,6 +269,38 @@ fn handlers() {
         &["line 1: plugins: the name 'single-profile-handler' is taken by a plugin of type \
              'queue-scorer', and there is no profile handler"],
     );
+}
+
+#[test]
+fn profiles_that_handlers_need() {
+    let handlers = ["pd-profile-handler", "disagg-profile-handler"];
+    for handler in handlers {
+        let load = |parameters: &str, profile: &str| {
+            let text = format!(
+                "plugins: [{{type: {handler}, parameters: {{{parameters}}}}}]\n\
+                 schedulingProfiles: [{{name: {profile}}}, {{name: prefill}}]\n"
+            );
+            load_with(&release(), &text).map(|_| ())
+        };
+        let faults = |parameters, profile| -> Vec<String> {
+            let faults = load(parameters, profile).unwrap_err();
+            faults.iter().map(ToString::to_string).collect()
+        };
+        let lacks = |name: &str| {
+            format!(
+                "line 2: schedulingProfiles: profile handler '{handler}' needs a profile '{name}', and \
+                 there is none"
+            )
+        };
+        assert_eq!(load("", "decode"), Ok(()));
+        assert_eq!(load("decodeProfile: d", "d"), Ok(()));
+        assert_eq!(faults("", "d"), [lacks("decode")]);
+        assert_eq!(faults("decodeProfile: decod", "decode"), [lacks("decod")]);
+    }
+    for (parameters, good) in [("decodeProfile: default", true), ("", false)] {
+        let text = format!("plugins: [{{type: pd-profile-handler, parameters: {{{parameters}}}}}]");
+        assert_eq!(load_with(&release(), &text).is_ok(), good, "{text}");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use kv_indexer::epp::{
     datalayer::Endpoints,
     plugins::Registration,
     request::{DEFAULT_PARSERS, ParserKind},
-    scheduling::Configured,
+    scheduling::{Configured, DataKey},
 };
 use prometheus::Registry;
 use serde_json::{Value, json};
@@ -182,6 +182,24 @@ fn missing_producers_are_added() {
     // One that indexes itself needs none.
     let text = "plugins: [{type: prefix-cache-scorer, parameters: {hashBlockSize: 5}}]";
     assert_eq!(names(&self::loaded(text).producers), ["prefix-cache-scorer"]);
+}
+
+#[test]
+fn a_threshold_goes_by_the_matches_that_its_scorer_goes_by() {
+    #[track_caller]
+    fn check(plugins: &str, producer: &str) {
+        let text = format!(
+            "plugins: [{plugins}{{type: pd-profile-handler, parameters: {{threshold: 10}}}}]\n\
+             schedulingProfiles: [{{name: decode}}, {{name: prefill}}]\n"
+        );
+        let loaded = load_with(&release(), &text).unwrap();
+        let producers = names(&loaded.producers);
+        assert_eq!(producers, [producer], "{plugins}");
+        assert_eq!(loaded.handler.plugin.consumes(), [DataKey::Prefix(producer.into())]);
+    }
+    check("{type: prefix-cache-scorer, parameters: {blockSize: 5}}, ", "prefix-cache-scorer");
+    check("{type: prefix-cache-scorer}, ", "approx-prefix-cache-producer");
+    check("", "approx-prefix-cache-producer");
 }
 
 #[test]

@@ -17,6 +17,8 @@ use crate::epp::{
 const SINGLE_HANDLER: &str = "single-profile-handler";
 const DEFAULT_PICKER: &str = "max-score-picker";
 const DEFAULT_DETECTOR: &str = "utilization-detector";
+/// The profile of everything, where none is configured.
+const DEFAULT_PROFILE: &str = "default";
 /// Makes token ids where somebody reads them.
 const TOKEN_PRODUCER: &str = "token-producer";
 
@@ -43,7 +45,7 @@ impl Loader<'_> {
                 let plugin = &member.plugin;
                 plugin.filter().is_some() || plugin.scorer().is_some() || plugin.picker().is_some()
             });
-            let mut draft = Draft::new("default", "schedulingProfiles");
+            let mut draft = Draft::new(DEFAULT_PROFILE, "schedulingProfiles");
             members.for_each(|member| self.join(&mut draft, "schedulingProfiles", member, None));
             profiles.extend(self.complete(draft, picker.as_ref()));
         }
@@ -114,7 +116,9 @@ impl Loader<'_> {
         Some(SchedulingProfile { name, filters, scorers, picker })
     }
 
-    pub(super) fn handler(&self, profiles: usize) -> Option<Configured> {
+    /// The handler of these profiles; none stand for one called `default`.
+    pub(super) fn handler(&self, specs: &[ProfileSpec]) -> Option<Configured> {
+        let profiles = specs.len().max(1);
         let mut handlers = self.built(|_| true);
         handlers.retain(|plugin| plugin.plugin.profile_handler().is_some());
         if let [first, second, ..] = handlers.as_slice() {
@@ -130,6 +134,19 @@ impl Loader<'_> {
                 if handler.plugin.type_name() == SINGLE_HANDLER && profiles > 1 {
                     let text = "SingleProfileHandler cannot support multiple scheduling profiles";
                     self.reader.fault("schedulingProfiles", text);
+                }
+                let needs = handler.plugin.profile_handler().and_then(|it| it.needs());
+                if let Some(needs) = needs {
+                    let mut names = specs.iter().map(|spec| &*spec.name);
+                    if !names.any(|name| name == needs)
+                        && (!specs.is_empty() || needs != DEFAULT_PROFILE)
+                    {
+                        let text = format!(
+                            "profile handler '{}' needs a profile '{needs}', and there is none",
+                            handler.name
+                        );
+                        self.reader.fault("schedulingProfiles", text);
+                    }
                 }
                 Some(handler)
             }

@@ -6,10 +6,10 @@ use crate::{
         datalayer::ROLE_LABEL,
         plugins::{
             always_disagg_pd_decider, decode_filter, max_score_picker, prefill_filter,
-            prefix_based_pd_decider,
+            prefix_based_pd_decider, queue_scorer,
         },
         scheduling::{
-            PrefixMatches, Scheduler,
+            Configured, PrefixMatches, Scheduler,
             testing::{self, Rig, Site, configured, profile, request},
         },
     },
@@ -20,6 +20,14 @@ fn site() -> Site {
     let mut site = Site::default();
     site.build(always_disagg_pd_decider::REGISTRATION, json!({})).unwrap();
     site.build(prefix_based_pd_decider::REGISTRATION, json!({})).unwrap();
+    let own = site.build(prefix_cache_scorer::REGISTRATION, json!({"blockSize": 64})).unwrap();
+    let reading = json!({"prefixMatchInfoProducerName": "prefix-cache-scorer"});
+    let reader = site.build(prefix_cache_scorer::REGISTRATION, reading).unwrap();
+    let queue = site.build(queue_scorer::REGISTRATION, json!({})).unwrap();
+    site.plugins.truncate(2);
+    for (name, plugin) in [("prefix-cache-scorer", own), ("reader", reader), ("queue", queue)] {
+        site.plugins.push(Configured { name: name.into(), plugin });
+    }
     site
 }
 
@@ -85,8 +93,9 @@ fn uncached_characters_decide() {
     // The block of whoever matched, 64 bytes.
     check(json!({"threshold": 72}), 200, Some(2), true);
     check(json!({"threshold": 73}), 200, Some(2), false);
-    let other = json!({"threshold": 10, "prefixPluginName": "mine"});
-    check(other, 10, Some(9), true);
+    // Whoever it is whose matches the plugin reads.
+    let reader = json!({"threshold": 73, "prefixPluginName": "reader"});
+    check(reader, 200, Some(2), false);
 }
 
 #[test]
@@ -106,8 +115,8 @@ fn prefixes_are_consumed_where_they_matter() {
     assert_eq!(consumes(json!({"threshold": 0})), []);
     let prefix = [DataKey::Prefix("prefix-cache-scorer".into())];
     assert_eq!(consumes(json!({"threshold": 10})), prefix);
-    let mine = json!({"threshold": 10, "prefixPluginName": "mine"});
-    assert_eq!(consumes(mine), [DataKey::Prefix("mine".into())]);
+    let reader = json!({"threshold": 10, "prefixPluginName": "reader"});
+    assert_eq!(consumes(reader), prefix);
 }
 
 #[test]
@@ -148,7 +157,7 @@ fn a_primary_port_is_called_and_told_the_rank() {
 fn parameters_of_all_ages_are_read() {
     let good = [
         json!({"threshold": 100, "decodeProfile": "d", "prefillProfile": "p",
-               "prefixPluginName": "x", "hashBlockSize": 32, "primaryPort": 8080}),
+               "prefixPluginName": "reader", "hashBlockSize": 32, "primaryPort": 8080}),
         json!({"primaryPort": 0}),
         json!({"primaryPort": 1}),
         json!({"primaryPort": 65535}),
@@ -171,6 +180,9 @@ fn parameters_of_all_ages_are_read() {
     refused(json!({"deciderPluginName": "x"}), "deciderPluginName: no plugin is named 'x'");
     let both = json!({"threshold": 1, "deciderPluginName": "always-disagg-pd-decider"});
     refused(both, "deciderPluginName: cannot be used together");
+    let wrong = |name| json!({"threshold": 1, "prefixPluginName": name});
+    refused(wrong("x"), "prefixPluginName: no plugin is named 'x'");
+    refused(wrong("queue"), "prefixPluginName: plugin 'queue' of type 'queue-scorer' knows no");
     refused(json!({"treshold": 1}), "treshold: unknown field; did you mean `threshold`?");
 }
 
