@@ -197,16 +197,21 @@ impl Session {
         }
         // What plugins hold is released now: Envoy may keep the stream open for a while.
         let transit = self.transit.take();
-        if let Some((row, _running)) = transit.as_ref().and_then(|t| t.metrics.as_ref()) {
-            match facts.response_status {
-                Some(status) if status != 200 => row.failed(ErrorCode::ModelServer),
-                _ if facts.phase == Phase::Ended => row.finished(&self.clock.outcome(facts)),
-                // Given up by the client or the proxy.
-                _ => {}
+        let known = transit.as_ref().and_then(|transit| transit.metrics.as_ref());
+        let row = || match known {
+            Some((row, _running)) => Arc::clone(row),
+            // A request without a body, or none at all: nobody knows the model.
+            None => self.metrics.request(&NOBODY),
+        };
+        match facts.response_status {
+            Some(status) if status != 200 => row().failed(ErrorCode::ModelServer),
+            _ if facts.phase == Phase::Ended
+                && (known.is_some() || facts.response_status.is_some()) =>
+            {
+                row().finished(&self.clock.outcome(facts));
             }
-        } else if facts.response_status.is_some() && facts.phase == Phase::Ended {
-            // A response without a request: nobody knows the model.
-            self.metrics.request(&NOBODY).finished(&self.clock.outcome(facts));
+            // Given up by the client or the proxy, or never begun.
+            _ => {}
         }
     }
 
@@ -273,6 +278,7 @@ impl Stream for Session {
                 continue;
             }
             if session.hangs_up() {
+                session.stream.set_code(Code::Ok);
                 return Poll::Ready(None);
             }
             match ready!(Pin::new(&mut session.messages).poll_next(context)) {

@@ -378,6 +378,29 @@ fn pages_for_operators() {
 }
 
 #[test]
+fn ends_of_streams_and_errors_without_a_model_are_counted() {
+    let pods = Pods::start(1);
+    let flags = pods.flags();
+    let epp = Epp::start(BY_QUEUE, &[&flags[0], "--enable-grpc-stream-metrics"]);
+    let runtime = runtime();
+    // An answer of ours, after which the stream is ours to end.
+    replies(&runtime, epp.grpc, vec![headers(&[], false), body("nonsense", true)]);
+    let models = || headers(&[(":path", "/v1/models"), (":method", "GET")], true);
+    for status in ["500", "200"] {
+        replies(&runtime, epp.grpc, vec![models(), response_headers(&[(":status", status)], true)]);
+    }
+    eventually("all is counted", || {
+        let counted = [
+            epp.metric("llm_d_epp_extproc_streams_total", r#"code="OK""#) == 3.0,
+            epp.metric("llm_d_epp_request_error_total", r#"error_code="ModelServerError""#) == 1.0,
+            epp.metric("llm_d_epp_request_duration_seconds_count", "") == 1.0,
+        ];
+        if counted == [true; 3] { Ok(()) } else { Err(format!("{counted:?}\n{}", epp.scrape())) }
+    });
+    epp.program.finish();
+}
+
+#[test]
 fn metrics_have_their_old_and_new_names() {
     let pods = Pods::start(1);
     let flags = pods.flags();
