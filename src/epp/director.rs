@@ -211,7 +211,7 @@ impl Director {
         let id = known.map_or_else(|| Arc::from(Uuid::new_v4().to_string()), Arc::from);
         let mut transit = Transit::new(id);
         let mut answer = if inbound.header_only || inbound.body_hidden {
-            self.route_unread(&inbound)
+            self.any_endpoint(inbound.subset.as_deref())
         } else {
             self.route_whole(inbound, received, &mut transit).await
         };
@@ -233,8 +233,8 @@ impl Director {
     }
 
     /// A request without a body, such as `GET /v1/models`: any endpoint will do.
-    fn route_unread(&self, inbound: &Inbound) -> Result<Routed, Refusal> {
-        let candidates = self.candidates(inbound.subset.as_deref());
+    fn any_endpoint(&self, subset: Option<&[String]>) -> Result<Routed, Refusal> {
+        let candidates = self.candidates(subset);
         let Some(endpoint) = fastrand::choice(candidates.iter()) else {
             self.parts.metrics.request(&NOBODY).refused(RefusalCode::Internal);
             return Err(Refusal::new(RefusalCode::Internal, "no pods available in datastore"));
@@ -249,7 +249,11 @@ impl Director {
         transit: &mut Transit,
     ) -> Result<Routed, Refusal> {
         let Inbound { headers, body, subset, .. } = inbound;
-        let read = self.timers.parsing.time(|| self.read(&transit.id, headers, body, received));
+        let read = || self.timers.parsing.time(|| self.read(&transit.id, headers, body, received));
+        let Some(read) = guarded(&transit.id, "request-parser", read) else {
+            self.parts.metrics.fallback_pick();
+            return self.any_endpoint(subset.as_deref());
+        };
         let request = read.inspect_err(|refusal| {
             self.parts.metrics.request(&NOBODY).refused(refusal.code);
         })?;

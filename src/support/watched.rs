@@ -91,6 +91,10 @@ impl WatchedFile {
 
     /// The file, unless its metadata shows that it is still the one seen.
     fn look(&self) -> io::Result<Option<Seen>> {
+        // Opening a pipe waits for its writer, and a device may never end.
+        if !std::fs::metadata(&self.path)?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no regular file"));
+        }
         let file = File::open(&self.path)?;
         let stamp = Stamp::of(&file.metadata()?);
         if matches!(&self.seen, Some(Seen::Read { stamp: s, settled: true, .. }) if *s == stamp) {
@@ -123,6 +127,19 @@ mod tests {
     fn settle(path: &Path) {
         let old = SystemTime::now() - Duration::from_secs(60);
         File::options().write(true).open(path).unwrap().set_modified(old).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("list");
+        let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(made.success());
+        let mut file = WatchedFile::new(&path, 8);
+        assert_eq!(file.changed().unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "one").unwrap();
+        check(&mut file, Some("one"));
     }
 
     #[test]

@@ -8,12 +8,13 @@
 //! ```
 //!
 //! Parameters: `nonCachedTokens` (default 0: never), `promptTokens` (default 0: any length), and
-//! `prefixMatchInfoProducerName` (default: the approximate producer), whose blocks count. If the
-//! tokens of the prompt or its prefix matches are not known, the answer is no.
+//! `prefixMatchInfoProducerName` (default: the approximate producer), whose blocks count. Where nobody
+//! has made token ids, `tokens` is four bytes of text each, as in the Go EPP. If the prefix matches are
+//! not known, the answer is no.
 
 use std::sync::Arc;
 
-use super::{Building, Registration, Stability};
+use super::{Building, Registration, Stability, prefix::input_tokens};
 use crate::{
     epp::scheduling::{Cycle, DataKey, Decider, Plugin},
     support::fields::Fields,
@@ -69,7 +70,7 @@ impl Decider for PrefixBasedPdDecider {
         if self.non_cached_tokens == 0 {
             return false;
         }
-        let tokens = cycle.produced.tokens.as_ref().map_or(0, |tokens| tokens.len() as u64);
+        let tokens = input_tokens(cycle.request, cycle.produced);
         if tokens < self.prompt_tokens.max(self.non_cached_tokens) {
             return false;
         }
@@ -86,16 +87,18 @@ mod tests {
     use super::*;
     use crate::epp::scheduling::{
         PrefixMatches,
-        testing::{Rig, build, scraped},
+        testing::{Rig, build, request, scraped},
     };
     use serde_json::{Value, json};
 
-    /// `cached` blocks of 1 token are on the endpoint; `None`: nobody knows.
+    /// `cached` blocks of 1 token are on the endpoint; `None`: nobody knows. Without `tokens` there are
+    /// 40 bytes of text.
     #[track_caller]
     fn check(params: Value, tokens: Option<usize>, cached: Option<u32>, want: bool) {
         let text = params.to_string();
         let plugin = build(REGISTRATION, params).unwrap();
         let mut rig = Rig::new([scraped()]);
+        rig.request = request("model", &"text".repeat(10));
         rig.produced.tokens = tokens.map(|tokens| vec![1; tokens].into());
         if let Some(cached) = cached {
             let matches = PrefixMatches { total: 10, block: 1, matched: vec![cached] };
@@ -119,7 +122,9 @@ mod tests {
         check(at_least(5),  Some(10), Some(0),  true);
         check(at_least(1),  Some(10), Some(99), false);
         check(at_least(5),  Some(10), None,     false);
-        check(at_least(5),  None,     Some(0),  false);
+        check(at_least(10), None,     Some(0),  true);  // 40 bytes are ten tokens
+        check(at_least(11), None,     Some(0),  false);
+        check(at_least(10), None,     Some(1),  false);
         let short = json!({"nonCachedTokens": 5, "promptTokens": 20});
         check(short.clone(), Some(10), Some(0), false);
         check(short,         Some(20), Some(0), true);

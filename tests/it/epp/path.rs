@@ -306,9 +306,8 @@ fn a_model_is_rewritten_and_nothing_else() {
     pods.runtime.block_on(engine.stop());
 }
 
-#[test]
-fn prefill_and_decode_are_picked_apart() {
-    const CONFIG: &str = "
+/// Prefill by uncached characters, as configured for the Go EPP's first releases.
+const BY_THRESHOLD: &str = "
 plugins:
 - type: file-discovery
   parameters: {path: ENDPOINTS}
@@ -320,6 +319,28 @@ plugins:
 - type: max-score-picker
 - type: pd-profile-handler
   parameters: {threshold: 60, hashBlockSize: 5}
+PROFILES
+";
+
+/// The same by uncached tokens, as configured for the newest.
+const BY_DECIDER: &str = "
+plugins:
+- type: file-discovery
+  parameters: {path: ENDPOINTS}
+- type: approx-prefix-cache-producer
+  parameters: {maxPrefixTokensToMatch: 16384}
+- type: prefix-cache-scorer
+- type: prefill-filter
+- type: decode-filter
+- type: max-score-picker
+- type: prefix-based-pd-decider
+  parameters: {nonCachedTokens: 16}
+- type: disagg-profile-handler
+  parameters: {deciders: {prefill: prefix-based-pd-decider}}
+PROFILES
+";
+
+const PROFILES: &str = "
 dataLayer:
   discovery: {pluginRef: file-discovery}
 schedulingProfiles:
@@ -334,6 +355,26 @@ schedulingProfiles:
   - pluginRef: max-score-picker
   - {pluginRef: prefix-cache-scorer, weight: 2}
 ";
+
+#[test]
+fn prefill_and_decode_are_picked_apart_by_characters() {
+    check_prefill_and_decode(
+        BY_THRESHOLD,
+        &["llm_d_epp_pd_decision_total", "llm_d_inference_scheduler_pd_decision_total"],
+    );
+}
+
+#[test]
+fn prefill_and_decode_are_picked_apart_by_tokens() {
+    check_prefill_and_decode(
+        BY_DECIDER,
+        &["llm_d_epp_disagg_decision_total", "llm_d_inference_scheduler_disagg_decision_total"],
+    );
+}
+
+#[track_caller]
+fn check_prefill_and_decode(config: &str, decisions: &[&str]) {
+    let config = config.replace("PROFILES", PROFILES);
     let pods = Pods::start(3);
     let addresses = pods.addresses();
     let role = |role| [("llm-d.ai/role", role)];
@@ -342,7 +383,7 @@ schedulingProfiles:
         ("decode-0", addresses[1], &role("decode")),
         ("decode-1", addresses[2], &role("decode")),
     ]));
-    let epp = Epp::start(&CONFIG.replace("ENDPOINTS", endpoints.path().to_str().unwrap()), &[]);
+    let epp = Epp::start(&config.replace("ENDPOINTS", endpoints.path().to_str().unwrap()), &[]);
     let envoy = Envoy::start("recommended.yaml", epp.grpc, &addresses);
     let send = |words: &str| {
         let body = format!(r#"{{"model": "mock", "prompt": "{words}", "max_tokens": 2}}"#);
@@ -354,8 +395,8 @@ schedulingProfiles:
         let prefiller = heads.last().unwrap().header("x-prefiller-host-port").map(str::to_owned);
         (at, prefiller)
     };
-    let long = "a prompt that is far longer than the threshold of sixty characters, all of it new";
-    let (first, prefiller) = send(long);
+    let long = "new words ".repeat(52)[..512].to_owned();
+    let (first, prefiller) = send(&long);
     assert_ne!(first, 0, "a prefill pod decodes");
     assert_eq!(prefiller, Some(addresses[0].to_string()));
     // Known by now, so its decode pod computes the rest itself; and what the client forged is gone.
@@ -363,7 +404,7 @@ schedulingProfiles:
     assert_eq!((again, prefiller), (first, None));
     let (_, prefiller) = send("short");
     assert_eq!(prefiller, None);
-    for family in ["llm_d_epp_pd_decision_total", "llm_d_inference_scheduler_pd_decision_total"] {
+    for family in decisions {
         assert_eq!(epp.metric(family, r#"decision_type="prefill-decode""#), 1.0, "{family}");
         assert_eq!(epp.metric(family, r#"decision_type="decode-only""#), 2.0, "{family}");
     }
