@@ -219,10 +219,10 @@ impl<'r> Fields<'r> {
         &self.path
     }
 
-    /// Full path of a field of this mapping.
+    /// Full path of a field of this mapping; of the mapping itself if `name` is empty.
     #[must_use]
     pub fn path_of(&self, name: &str) -> String {
-        child(&self.path, name)
+        if name.is_empty() { self.path.clone() } else { child(&self.path, name) }
     }
 
     /// Does the field have a value other than null? Does not count as asking.
