@@ -47,6 +47,15 @@ pub enum TlsError {
 
 impl TlsConfig {
     pub(super) fn connector(&self) -> Result<TlsConnector, TlsError> {
+        Ok(TlsConnector::from(Arc::new(self.client_config()?)))
+    }
+
+    /// The client's side of TLS, without ALPN.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be read or used.
+    pub fn client_config(&self) -> Result<ClientConfig, TlsError> {
         let provider = Arc::new(crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?;
@@ -62,15 +71,14 @@ impl TlsConfig {
                 .dangerous()
                 .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider))),
         };
-        let config = match &self.client {
+        Ok(match &self.client {
             None => builder.with_no_client_auth(),
             Some((chain, key)) => {
                 let private = PrivateKeyDer::from_pem_file(key)
                     .map_err(|error| TlsError::Pem { path: key.clone(), error })?;
                 builder.with_client_auth_cert(certificates(chain)?, private)?
             }
-        };
-        Ok(TlsConnector::from(Arc::new(config)))
+        })
     }
 }
 
