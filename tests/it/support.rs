@@ -1,9 +1,11 @@
 //! What the tests share: the real programs as child processes, patience, fixtures.
 
+pub(crate) mod http;
+
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
@@ -11,8 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kv_indexer::proto::kvindexer::kv_indexer_client::KvIndexerClient;
+use kv_indexer::proto::kvindexer::{WaitVisibleRequest, kv_indexer_client::KvIndexerClient};
 use tonic::transport::Channel;
+
+pub(crate) use self::http::http_get;
 
 /// How long `eventually` and the harness wait, in seconds; for slow machines.
 const PATIENCE_VARIABLE: &str = "KVX_TEST_PATIENCE_SECONDS";
@@ -179,6 +183,32 @@ impl Drop for Program {
     }
 }
 
+/// Waits until `sequence` of a pod's rank is visible in an epoch later than `after`; returns the epoch.
+pub(crate) fn visible(
+    runtime: &tokio::runtime::Runtime,
+    client: &mut KvIndexerClient<Channel>,
+    (pod, rank): (&str, u32),
+    sequence: u64,
+    after: u64,
+) -> u64 {
+    eventually(&format!("{pod} rank {rank} sequence {sequence}"), || {
+        let request = WaitVisibleRequest {
+            pod: pod.to_owned(),
+            dp_rank: Some(rank),
+            sequence,
+            epoch: None,
+            timeout_ms: 1_000,
+        };
+        let answer = runtime.block_on(client.wait_visible(request));
+        let answer = answer.map_err(|status| status.to_string())?.into_inner();
+        if answer.reached && answer.epoch > after {
+            Ok(answer.epoch)
+        } else {
+            Err(format!("{answer:?}"))
+        }
+    })
+}
+
 /// A running `kv-indexer`. Dropping it stops it with SIGTERM and checks that it ends well.
 pub(crate) struct Indexer {
     /// Address of the gRPC API.
@@ -272,64 +302,12 @@ fn address_after(log: &[String], prefix: &str) -> Option<SocketAddr> {
     })
 }
 
-/// `GET path` of an HTTP server: status and body.
-pub(crate) fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    // In one piece: a server may answer and close after the first.
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes())?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
-    let body = if chunked { joined(body) } else { body.to_owned() };
-    match status {
-        Some(status) => Ok((status, body)),
-        None => Err(std::io::Error::other(format!("not HTTP: {head:?}"))),
-    }
-}
-
-/// A body without the sizes of its chunks.
-fn joined(chunks: &str) -> String {
-    let (mut body, mut rest) = (String::new(), chunks);
-    while let Some((size, more)) = rest.split_once("\r\n") {
-        let size = usize::from_str_radix(size.trim(), 16).unwrap_or(0);
-        let Some(chunk) = more.get(..size).filter(|chunk| !chunk.is_empty()) else { break };
-        body.push_str(chunk);
-        rest = more[size..].trim_start_matches("\r\n");
-    }
-    body
-}
-
-#[test]
-fn chunks_are_joined() {
-    assert_eq!(joined("3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"), "abcde");
-}
-
 #[test]
 fn addresses_are_found_in_the_log() {
     let log = ["x".to_owned(), "INFO grpc listening on 127.0.0.1:4711 (plain)".to_owned()];
     let found = address_after(&log, "grpc listening on ");
     assert_eq!(found, Some(SocketAddr::from(([127, 0, 0, 1], 4711))));
     assert_eq!(address_after(&log, "admin listening on "), None);
-}
-
-#[test]
-fn http_answers_are_split() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let server = thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut request = [0; 1024];
-        let read = stream.read(&mut request).unwrap();
-        stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\nA: b\r\n\r\nnot yet").unwrap();
-        String::from_utf8_lossy(&request[..read]).into_owned()
-    });
-    assert_eq!(http_get(address, "/readyz").unwrap(), (503, "not yet".to_owned()));
-    assert!(server.join().unwrap().starts_with("GET /readyz HTTP/1.1\r\n"));
 }
 
 /// A commented sample of a configuration with its examples in force, which stand behind `#: `, and

@@ -5,8 +5,11 @@ use std::{io::Read, time::Duration};
 use kv_indexer::loadgen::engine::{EngineOptions, MetricsFault, Pace};
 use serde_json::json;
 
-use super::client::{Running, get, post, read, send};
-use crate::support::eventually;
+use super::client::Running;
+use crate::support::{
+    eventually,
+    http::{get, post, read, send},
+};
 
 fn gauge(page: &str, name: &str) -> Option<f64> {
     let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")))?;

@@ -9,15 +9,18 @@ use kv_indexer::{
         sequence::{Identity, Lora, Sequence},
     },
     proto::kvindexer::{
-        PodState, Prompt, ScoreRequest, WaitVisibleRequest, kv_indexer_client::KvIndexerClient,
-        prompt::Input,
+        PodState, Prompt, ScoreRequest, kv_indexer_client::KvIndexerClient, prompt::Input,
     },
 };
 use serde_json::json;
 use tonic::transport::Channel;
 
-use super::client::{Running, post, read, send};
-use crate::support::{Indexer, connect, eventually, runtime};
+use super::client::Running;
+use crate::support::{
+    Indexer, connect,
+    http::{post, read, send},
+    runtime, visible,
+};
 
 const POD: &str = "engine-1";
 const BLOCK: usize = 16;
@@ -133,22 +136,8 @@ impl Pair {
     }
 
     fn visible(&mut self, rank: u32, sequence: u64) {
-        self.epoch = eventually(&format!("rank {rank} sequence {sequence}"), || {
-            let request = WaitVisibleRequest {
-                pod: POD.to_owned(),
-                dp_rank: Some(rank),
-                sequence,
-                epoch: None,
-                timeout_ms: 1_000,
-            };
-            let answer = self.runtime.block_on(self.client.wait_visible(request));
-            let answer = answer.map_err(|status| status.to_string())?.into_inner();
-            if answer.reached && answer.epoch > self.over {
-                Ok(answer.epoch)
-            } else {
-                Err(format!("{answer:?}"))
-            }
-        });
+        let (pod, over) = ((POD, rank), self.over);
+        self.epoch = visible(&self.runtime, &mut self.client, pod, sequence, over);
     }
 }
 

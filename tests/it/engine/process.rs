@@ -5,8 +5,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::client::{get, post};
-use crate::support::{interrupt, terminate};
+use crate::support::{
+    http::{get, post},
+    interrupt, terminate,
+};
 
 #[test]
 fn it_prints_its_addresses_and_stops_on_signals() {

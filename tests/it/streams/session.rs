@@ -6,8 +6,8 @@ use kv_indexer::{
     loadgen::replay::{Publisher, PublisherOptions, ReplayForm},
     proto::kvindexer::{
         CountMode, ListPodsRequest, MultimodalItem, PodScore, PodState, PodStatus, Prompt,
-        PromptScores, RegisterPodRequest, ScoreRequest, WaitVisibleRequest,
-        kv_indexer_client::KvIndexerClient, prompt::Input,
+        PromptScores, RegisterPodRequest, ScoreRequest, kv_indexer_client::KvIndexerClient,
+        prompt::Input,
     },
 };
 use tonic::transport::Channel;
@@ -18,7 +18,7 @@ use crate::{
         model::{Chains, Held, NodeId, Query, Requests, Worker, replay},
         truth::{Cached, Fixture},
     },
-    support::{connect, eventually, patience, runtime},
+    support::{connect, eventually, patience, runtime, visible},
 };
 
 /// Prompts in one Score call.
@@ -86,7 +86,7 @@ impl Session {
 
     /// Waits until `sequence` is visible in an epoch later than `after`; returns the epoch.
     pub(crate) fn wait_visible(&mut self, pod: &str, rank: u32, sequence: u64, after: u64) -> u64 {
-        let epoch = self.reached(pod, rank, sequence, after);
+        let epoch = visible(&self.runtime, &mut self.client, (pod, rank), sequence, after);
         // The last batch is visible a moment before the repair that brought it is over.
         eventually(&format!("{pod} rank {rank} is settled"), || {
             let answer = self.runtime.block_on(self.client.list_pods(ListPodsRequest {}));
@@ -98,25 +98,6 @@ impl Session {
             }
         });
         epoch
-    }
-
-    fn reached(&mut self, pod: &str, rank: u32, sequence: u64, after: u64) -> u64 {
-        eventually(&format!("{pod} rank {rank} sequence {sequence}"), || {
-            let request = WaitVisibleRequest {
-                pod: pod.to_owned(),
-                dp_rank: Some(rank),
-                sequence,
-                epoch: None,
-                timeout_ms: 1_000,
-            };
-            let answer = self.runtime.block_on(self.client.wait_visible(request));
-            let answer = answer.map_err(|status| status.to_string())?.into_inner();
-            if answer.reached && answer.epoch > after {
-                Ok(answer.epoch)
-            } else {
-                Err(format!("{answer:?}"))
-            }
-        })
     }
 
     fn score(&mut self, model: &str, pod: &str, queries: &[&Query]) -> Vec<PromptScores> {
