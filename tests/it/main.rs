@@ -14,6 +14,7 @@ mod discovery;
 mod engine;
 mod epp;
 mod epp_config;
+mod fuzz_corpora;
 mod ingest;
 mod replay_tool;
 mod service;
