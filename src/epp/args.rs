@@ -42,8 +42,6 @@ pub const EX_USAGE: u8 = 64;
 
 /// The name of the pool where nobody gave one and Kubernetes does not have it.
 const DEFAULT_POOL: &str = "epp";
-/// The shortest interval between scrapes; shorter ones are taken as this.
-const MIN_REFRESH: Duration = Duration::from_millis(50);
 
 /// Chooses the pod for each inference request: an Envoy ext_proc server.
 #[derive(Clone, Debug, Parser)]
@@ -323,12 +321,6 @@ impl Args {
         let given = self.pool_namespace.clone();
         let given = given.or_else(|| std::env::var("NAMESPACE").ok());
         given.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".to_owned())
-    }
-
-    /// `--refresh-metrics-interval`, at least 50 ms.
-    #[must_use]
-    pub fn refresh_metrics_interval(&self) -> Duration {
-        self.refresh_metrics_interval.max(MIN_REFRESH)
     }
 
     /// `--cert-path`; `None`: a self-signed certificate.

@@ -204,9 +204,6 @@ impl Endpoint {
     }
 }
 
-/// A list of endpoints that does not change.
-pub type EndpointList = Arc<[Arc<Endpoint>]>;
-
 /// Hears about the lives of endpoints.
 pub trait EndpointWatcher: fmt::Debug + Send + Sync {
     /// A new life began.

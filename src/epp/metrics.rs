@@ -181,7 +181,7 @@ impl Default for MetricsOptions {
     }
 }
 
-/// Where in the life of a request a plugin is called; values of the label `extension_point`.
+/// Where in the life of a request a plugin is timed; values of the label `extension_point`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum ExtensionPoint {
@@ -194,10 +194,6 @@ pub enum ExtensionPoint {
     Picker,
     ProcessProfilesResults,
     PreRequest,
-    ResponseReceived,
-    ResponseParsing,
-    ResponseStreaming,
-    ResponseComplete,
 }
 
 impl ExtensionPoint {
@@ -214,10 +210,6 @@ impl ExtensionPoint {
             Self::Picker => "Picker",
             Self::ProcessProfilesResults => "ProcessProfilesResults",
             Self::PreRequest => "PreRequest",
-            Self::ResponseReceived => "ResponseReceived",
-            Self::ResponseParsing => "ResponseParsing",
-            Self::ResponseStreaming => "ResponseStreaming",
-            Self::ResponseComplete => "ResponseComplete",
         }
     }
 }
@@ -417,12 +409,7 @@ impl EppMetrics {
 
     /// A client got our answer instead of a pod's.
     pub fn immediate_response(&self, code: RefusalCode) {
-        self.immediate_status(code.status());
-    }
-
-    /// The same, by HTTP status.
-    pub fn immediate_status(&self, status: u16) {
-        self.immediate.with_label_values(&[&*status.to_string()]).inc();
+        self.immediate.with_label_values(&[&*code.status().to_string()]).inc();
     }
 
     /// A request was routed without scheduling, because something failed inside.

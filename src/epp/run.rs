@@ -255,7 +255,7 @@ impl Scraping {
                 let Some(core) = CoreMetricsExtractor::of(&*extractor.plugin) else { continue };
                 let engines =
                     core.engines().with_context(|| format!("plugin '{}'", extractor.name))?;
-                let config = data_source.config(args.refresh_metrics_interval());
+                let config = data_source.config(args.refresh_metrics_interval);
                 let scraper = Scraper::new(config, engines)
                     .with_context(|| format!("plugin '{}'", source.name))?;
                 let scraper = Arc::new(scraper);
@@ -298,20 +298,21 @@ impl EndpointWatcher for PluginRemovals {
 
 /// The largest request body: `--grpc-max-recv-msg-size`.
 fn max_body_bytes(args: &Args) -> usize {
-    let given =
-        args.grpc_max_recv_msg_size.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-    given.unwrap_or(ExchangeConfig::default().max_body_bytes)
+    size(args.grpc_max_recv_msg_size, ExchangeConfig::default().max_body_bytes)
 }
 
 fn grpc_options(args: &Args) -> GrpcOptions {
     /// What a message has besides a body.
     const ENVELOPE: usize = 64 << 10;
-    let send =
-        args.grpc_max_send_msg_size.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
     GrpcOptions {
         max_receive_bytes: max_body_bytes(args).saturating_add(ENVELOPE),
-        max_send_bytes: send.unwrap_or(GrpcOptions::default().max_send_bytes),
+        max_send_bytes: size(args.grpc_max_send_msg_size, GrpcOptions::default().max_send_bytes),
     }
+}
+
+/// What a flag says, or else the default.
+fn size(given: Option<u64>, default: usize) -> usize {
+    given.map_or(default, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX))
 }
 
 fn tls(

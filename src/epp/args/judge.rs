@@ -2,10 +2,11 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Args, MIN_REFRESH};
+use super::Args;
 use crate::{
     epp::{
         config::{METRICS_EXTRACTOR, METRICS_SOURCE},
+        datalayer::scrape::MIN_INTERVAL,
         server::tls::TlsVersion,
     },
     support::fields::Fault,
@@ -127,7 +128,7 @@ impl Args {
         }
         warn(
             "refresh-metrics-interval",
-            self.refresh_metrics_interval < MIN_REFRESH,
+            self.refresh_metrics_interval < MIN_INTERVAL,
             "is below the minimum; 50ms is taken",
         );
         warn(

@@ -14,7 +14,7 @@ fn defaults_are_gos() {
     let args = parse(&[]);
     assert_eq!((args.grpc_port, args.grpc_health_port, args.metrics_port), (9002, 9003, 9090));
     assert_eq!(args.drain_timeout, Duration::from_secs(30));
-    assert_eq!(args.refresh_metrics_interval(), Duration::from_millis(50));
+    assert_eq!(args.refresh_metrics_interval, Duration::from_millis(50));
     assert_eq!(args.refresh_prometheus_metrics_interval, Duration::from_secs(5));
     assert_eq!(args.metrics_staleness_threshold, Duration::from_secs(2));
     assert!(args.secure_serving && !args.health_checking && !args.enable_cert_reload);
