@@ -1,6 +1,9 @@
 //! What data producers say about one request, and the keys under which it is found.
 
-use std::{any::Any, sync::Arc};
+use std::{
+    any::Any,
+    sync::{Arc, OnceLock},
+};
 
 /// A kind of data that one plugin writes and others read, for ordering producers and finding missing
 /// ones.
@@ -41,6 +44,8 @@ pub struct InFlight {
 pub struct Produced {
     /// Token ids of the prompt, real or estimated.
     pub tokens: Option<Arc<[u32]>>,
+    /// Tokens of the prompt as estimated from its text, once somebody needed them.
+    estimate: OnceLock<u64>,
     prefix: Vec<(Arc<str>, PrefixMatches)>,
     in_flight: Vec<(Arc<str>, InFlight)>,
     kept: Vec<(Arc<str>, Box<dyn Any + Send + Sync>)>,
@@ -51,6 +56,11 @@ impl Produced {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// How many tokens the prompt is estimated to have; `estimate` reads its text the first time.
+    pub fn estimated_tokens(&self, estimate: impl FnOnce() -> u64) -> u64 {
+        *self.estimate.get_or_init(estimate)
     }
 
     /// The matches that the producer of this name found.

@@ -71,15 +71,19 @@ fn hash_tokens(tokens: &[u32], hasher: &mut BlockHasher) {
     hasher.end();
 }
 
-/// Tokens of the prompts of a request: real ones if known, else estimated.
+/// Tokens of the prompts of a request: real ones if known, else estimated, once for all who ask.
 pub(in crate::epp::plugins) fn input_tokens(
     request: &InferenceRequest,
     produced: &Produced,
 ) -> u64 {
-    let parsed = &request.parsed;
-    if let Some(tokens) = &produced.tokens {
-        return tokens.len() as u64;
+    match &produced.tokens {
+        Some(tokens) => tokens.len() as u64,
+        None => produced.estimated_tokens(|| estimated(request)),
     }
+}
+
+fn estimated(request: &InferenceRequest) -> u64 {
+    let parsed = &request.parsed;
     if parsed.multimodal {
         let mut tokens = Vec::new();
         estimate_tokens(parsed, &request.body, &mut tokens, usize::MAX);
