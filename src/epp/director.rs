@@ -232,7 +232,8 @@ impl Director {
         Decision { answer, transit }
     }
 
-    /// A request without a body, such as `GET /v1/models`: any endpoint will do.
+    /// Any endpoint will do: a request without a body, such as `GET /v1/models`, or one that we failed to
+    /// read.
     fn any_endpoint(&self, subset: Option<&[String]>) -> Result<Routed, Refusal> {
         let candidates = self.candidates(subset);
         let Some(endpoint) = fastrand::choice(candidates.iter()) else {

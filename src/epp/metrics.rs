@@ -1,5 +1,5 @@
-//! What is counted, under the names of the Go EPP: its new ones and, unless switched off, its old
-//! ones. docs/metrics.md lists them.
+//! What is counted, under the names of the Go EPP: its new ones and, unless
+//! [`MetricsOptions::old_names`] is off, its old ones. docs/metrics.md lists them.
 //!
 //! # Model
 //!

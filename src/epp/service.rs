@@ -77,7 +77,7 @@ pub struct Session {
 /// When things happened.
 #[derive(Debug)]
 struct Clock {
-    /// The first message.
+    /// The stream was opened, which is with the request's headers.
     received: Instant,
     /// The response's headers.
     response: Option<Instant>,
