@@ -24,6 +24,7 @@ pub mod director;
 pub mod ext_proc;
 pub mod metrics;
 pub mod plugins;
+pub mod precise;
 pub mod request;
 pub mod run;
 pub mod scheduling;

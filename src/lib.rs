@@ -7,6 +7,7 @@
 //! | [`wire`] | KV-event batches of vLLM and SGLang → events |
 //! | [`index`] | which pod holds which block |
 //! | [`ingest`] | ZeroMQ streams → index, and what each pod's answer can be trusted for |
+//! | [`tokenize`] | text and chats → token ids |
 //! | [`indexer`] | the service: configuration, gRPC, HTTP admin |
 //! | [`epp`] | the endpoint picker: Envoy ext_proc, scheduling, plugins |
 //! | [`loadgen`] | the load driver |
@@ -23,4 +24,5 @@ pub mod loadgen;
 pub mod model;
 pub mod proto;
 pub mod support;
+pub mod tokenize;
 pub mod wire;

@@ -37,7 +37,9 @@ use crate::epp::{
     metrics::{EppMetrics, ExtensionPoint, PluginTimer, RequestLabels, RequestMetrics, Running},
     plugins::utilization_detector::UtilizationDetector,
     request::{InferenceRequest, Parsers, splice_model},
-    scheduling::{Configured, Cycle, Flight, Produced, Scheduler, SchedulingResult},
+    scheduling::{
+        Configured, Cycle, Ending, Flight, Produced, Report, Scheduler, SchedulingResult,
+    },
 };
 
 /// Headers whose value is the objective of a request, the preferred one first.
@@ -167,6 +169,18 @@ impl Transit {
         for (name, flight) in &mut self.flights {
             guarded(&self.id, name, || flight.response_started());
         }
+    }
+}
+
+impl Transit {
+    /// The exchange ended: tells plugins, and lets go of what they keep.
+    pub fn ended(&mut self, ending: &Ending<'_>) -> Report {
+        let mut report = Report::default();
+        for (name, flight) in &mut self.flights {
+            guarded(&self.id, name, || flight.ended(ending, &mut report));
+        }
+        self.release();
+        report
     }
 }
 

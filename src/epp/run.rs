@@ -157,6 +157,9 @@ pub async fn run(
     let plugins = Arc::new(PluginRemovals(loaded.plugins.clone()));
     endpoints.watch(plugins);
 
+    for task in loaded.plugins.iter().filter_map(|configured| configured.plugin.task()) {
+        supervisor.spawn(Stage::Receive, "plugin", task);
+    }
     let director = Arc::new(Director::new(Parts {
         parsers: Parsers::new(&loaded.parsers),
         scheduler: Scheduler::new(loaded.handler, loaded.profiles).with_timers(|point, plugin| {

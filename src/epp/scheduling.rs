@@ -13,11 +13,12 @@
 use std::{any::Any, fmt, future::Future, pin::Pin, sync::Arc, time::Instant};
 
 use smallvec::SmallVec;
+use tokio_util::sync::CancellationToken;
 
 use crate::epp::{
     datalayer::{Endpoint, Metrics, UnknownMetrics},
     director::Refusal,
-    ext_proc::headers::HeaderEdits,
+    ext_proc::{Usage, headers::HeaderEdits},
     request::InferenceRequest,
 };
 
@@ -29,7 +30,7 @@ pub(crate) mod testing;
 
 pub use self::{
     decisions::{Decision, Decisions},
-    produced::{DataKey, InFlight, PrefixMatches, Produced},
+    produced::{DataKey, InFlight, PrefixMatches, Produced, PromptTokens},
     scheduler::{PluginTimer, Scheduler, fallback_pick},
 };
 
@@ -122,6 +123,15 @@ pub trait Plugin: Any + fmt::Debug + Send + Sync {
     /// Data that it reads if some plugin writes it: that plugin goes first, and nobody misses it.
     fn may_consume(&self) -> Vec<DataKey> {
         Vec::new()
+    }
+    /// What has to run beside the requests for as long as the program does: connections,
+    /// subscriptions. Asked for once.
+    fn task(&self) -> Option<Task> {
+        None
+    }
+    /// It wants every response to report its tokens: streams that would not are asked to.
+    fn wants_usage(&self) -> bool {
+        false
     }
     /// An endpoint's life ended: state kept for it can go.
     fn endpoint_removed(&self, _endpoint: &Endpoint) {}
@@ -229,6 +239,9 @@ pub trait Decider {
 /// A future without a name.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
+/// Runs until it is told to stop; an error ends the program.
+pub type Task = Box<dyn FnOnce(CancellationToken) -> BoxFuture<'static, anyhow::Result<()>> + Send>;
+
 /// Finds out something about a request before scheduling. A failure is its own to log and count: the
 /// request goes on without the data.
 pub trait DataProducer {
@@ -298,6 +311,29 @@ pub trait Flight: Send {
     fn response_headers(&mut self, _headers: &mut HeaderEdits) {}
     /// The first bytes of the response body came.
     fn response_started(&mut self) {}
+    /// The exchange ended, however it did. Called once, before the drop; not called for a request that
+    /// was refused after the hook.
+    fn ended(&mut self, _ending: &Ending<'_>, _report: &mut Report) {}
+}
+
+/// How an exchange ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ending<'a> {
+    /// The response is complete. If not, client or proxy gave up.
+    pub completed: bool,
+    /// Status of the pod's response.
+    pub status: Option<u16>,
+    /// What the response says of its tokens.
+    pub usage: Option<Usage>,
+    /// The endpoint that the proxy says has answered, `ip:port`.
+    pub served: Option<&'a str>,
+}
+
+/// What plugins have to say of a finished exchange, for the response's dynamic metadata.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Name and value.
+    pub numbers: Vec<(&'static str, f64)>,
 }
 
 /// A profile: filters → weighted scorers → picker.

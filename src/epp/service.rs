@@ -22,6 +22,7 @@ use crate::{
         director::{Decision, Director, NOBODY, Transit},
         ext_proc::{Ask, Exchange, ExchangeConfig, Facts, Phase, Replies, headers::HeaderEdits},
         metrics::{EppMetrics, ErrorCode, Outcome, StreamGuard},
+        scheduling::Ending,
     },
     proto::ext_proc::{
         ProcessingRequest, ProcessingResponse, external_processor_server::ExternalProcessor,
@@ -196,7 +197,15 @@ impl Session {
             self.metrics.response_processed(took);
         }
         // What plugins hold is released now: Envoy may keep the stream open for a while.
-        let transit = self.transit.take();
+        let mut transit = self.transit.take();
+        if let Some(transit) = &mut transit {
+            transit.ended(&Ending {
+                completed: facts.phase == Phase::Ended,
+                status: facts.response_status,
+                usage: facts.usage,
+                served: facts.served.as_deref(),
+            });
+        }
         let known = transit.as_ref().and_then(|transit| transit.metrics.as_ref());
         let row = || match known {
             Some((row, _running)) => Arc::clone(row),

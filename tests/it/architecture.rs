@@ -10,10 +10,11 @@ use std::{
 };
 
 /// Every module of the library, and the modules that it may name.
-const MAY_IMPORT: [(&str, &[&str]); 10] = [
-    ("epp", &["proto", "support"]),
-    ("indexer", &["hash", "index", "ingest", "model", "proto", "support"]),
-    ("loadgen", &["proto", "support", "wire"]),
+const MAY_IMPORT: [(&str, &[&str]); 11] = [
+    ("epp", &["hash", "index", "ingest", "model", "proto", "support", "tokenize"]),
+    ("indexer", &["hash", "index", "ingest", "model", "proto", "support", "tokenize"]),
+    ("loadgen", &["proto", "support", "tokenize", "wire"]),
+    ("tokenize", &["hash", "support"]),
     ("ingest", &["hash", "index", "model", "support", "wire"]),
     ("index", &["hash", "model"]),
     ("wire", &["model"]),
@@ -26,11 +27,11 @@ const MAY_IMPORT: [(&str, &[&str]); 10] = [
 /// Crates that do I/O or stand for a protocol, and the modules that may know them. The binaries may
 /// know all of them.
 const MAY_KNOW: [(&str, &[&str]); 6] = [
-    ("hyper", &["epp", "indexer", "ingest", "loadgen", "support"]),
-    ("prometheus", &["epp", "indexer", "ingest", "support"]),
-    ("tokio", &["epp", "indexer", "ingest", "loadgen", "support"]),
-    ("tonic", &["epp", "indexer", "loadgen", "proto"]),
-    ("tracing", &["epp", "indexer", "ingest", "loadgen", "support"]),
+    ("hyper", &["epp", "indexer", "ingest", "loadgen", "support", "tokenize"]),
+    ("prometheus", &["epp", "indexer", "ingest", "support", "tokenize"]),
+    ("tokio", &["epp", "indexer", "ingest", "loadgen", "support", "tokenize"]),
+    ("tonic", &["epp", "indexer", "loadgen", "proto", "tokenize"]),
+    ("tracing", &["epp", "indexer", "ingest", "loadgen", "support", "tokenize"]),
     ("zmq", &["ingest", "loadgen"]),
 ];
 

@@ -340,7 +340,7 @@ mod tests {
         let plugin = plugin(&bench, "{}");
         let tokens: Vec<u32> = (0..200).collect();
         let mut run = Run::new(&bench.endpoints, text("a text"));
-        run.produced.tokens = Some(Arc::from(&tokens[..]));
+        run.produced.tokens = Some(crate::epp::scheduling::testing::exact_tokens(&tokens));
         run.produce(&*plugin);
         assert_eq!(run.produced.prefix("approx-tokens").unwrap().total, 4);
         run.route(&*plugin, &[("default", 0)]);

@@ -99,7 +99,8 @@ mod tests {
         let plugin = build(REGISTRATION, params).unwrap();
         let mut rig = Rig::new([scraped()]);
         rig.request = request("model", &"text".repeat(10));
-        rig.produced.tokens = tokens.map(|tokens| vec![1; tokens].into());
+        rig.produced.tokens =
+            tokens.map(|tokens| crate::epp::scheduling::testing::exact_tokens(&vec![1; tokens]));
         if let Some(cached) = cached {
             let matches = PrefixMatches { total: 10, block: 1, matched: vec![cached] };
             rig.produced.set_prefix(&DEFAULT_PRODUCER.into(), matches);
@@ -138,7 +139,7 @@ mod tests {
         let plugin = build(REGISTRATION, named("mine")).unwrap();
         assert_eq!(plugin.consumes(), [DataKey::Prefix("mine".into()), DataKey::Tokens]);
         let mut rig = Rig::new([scraped()]);
-        rig.produced.tokens = Some(vec![1; 48].into());
+        rig.produced.tokens = Some(crate::epp::scheduling::testing::exact_tokens(&[1; 48]));
         let matches = PrefixMatches { total: 3, block: 16, matched: vec![2] };
         rig.produced.set_prefix(&"mine".into(), matches);
         assert!(plugin.decider().unwrap().decide(&rig.cycle(), 0));

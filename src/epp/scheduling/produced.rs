@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use crate::tokenize::{TokenizeError, Tokenized};
+
 /// A kind of data that one plugin writes and others read, for ordering producers and finding missing
 /// ones.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -39,11 +41,30 @@ pub struct InFlight {
     pub request_tokens: Vec<u64>,
 }
 
+/// Token ids of the prompts of a request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PromptTokens {
+    /// Of each prompt, in order.
+    pub prompts: Vec<Tokenized>,
+    /// They are the engine's own; estimates match nothing that an engine announces.
+    pub exact: bool,
+}
+
+impl PromptTokens {
+    /// Tokens of all prompts.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.prompts.iter().map(|prompt| prompt.ids.len() as u64).sum()
+    }
+}
+
 /// All that is known of one request before scheduling.
 #[derive(Debug, Default)]
 pub struct Produced {
-    /// Token ids of the prompt, real or estimated.
-    pub tokens: Option<Arc<[u32]>>,
+    /// Token ids of the prompts, real or estimated.
+    pub tokens: Option<PromptTokens>,
+    /// Why there are none, if a producer tried.
+    pub no_tokens: Option<TokenizeError>,
     /// Tokens of the prompt as estimated from its text, once somebody needed them.
     estimate: OnceLock<u64>,
     prefix: Vec<(Arc<str>, PrefixMatches)>,

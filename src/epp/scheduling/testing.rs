@@ -12,7 +12,7 @@ use prometheus::Registry;
 use serde_json::Value;
 use smallvec::SmallVec;
 
-use super::{Configured, Cycle, Plugin, Produced, SchedulingProfile};
+use super::{Configured, Cycle, Plugin, Produced, PromptTokens, SchedulingProfile};
 use crate::{
     epp::{
         datalayer::{
@@ -28,6 +28,11 @@ use crate::{
 /// The `now` of all cycles, far enough from the start of time to count back.
 pub(crate) static NOW: LazyLock<Instant> =
     LazyLock::new(|| Instant::now() + Duration::from_secs(3600));
+
+/// One prompt's tokens, as the engine makes them.
+pub(crate) fn exact_tokens(ids: &[u32]) -> PromptTokens {
+    PromptTokens { prompts: vec![ids.to_vec().into()], exact: true }
+}
 
 /// Everything that a [`Cycle`] borrows.
 pub(crate) struct Rig {

@@ -154,7 +154,7 @@ fn real_tokens_are_counted() {
         assert_eq!(load(&bench, &*plugin, request).request_tokens, [want], "{prompt}");
     }
     let mut run = Run::new(&bench.endpoints, tokens(100));
-    run.produced.tokens = Some(Arc::from([1, 2, 3]));
+    run.produced.tokens = Some(crate::epp::scheduling::testing::exact_tokens(&[1, 2, 3]));
     run.produce(&*plugin);
     assert_eq!(run.produced.in_flight("inflight-tokens").unwrap().request_tokens, [3]);
 }

@@ -31,7 +31,7 @@ pub(super) fn hash(
     let parsed = &request.parsed;
     if content == Content::Tokens {
         if let Some(tokens) = &produced.tokens {
-            return hash_tokens(tokens, hasher);
+            return tokens.prompts.iter().for_each(|prompt| hash_tokens(&prompt.ids, hasher));
         }
         if parsed.multimodal {
             // Pictures count as their tokens, not as the bytes of their data.
@@ -77,7 +77,7 @@ pub(in crate::epp::plugins) fn input_tokens(
     produced: &Produced,
 ) -> u64 {
     match &produced.tokens {
-        Some(tokens) => tokens.len() as u64,
+        Some(tokens) => tokens.count(),
         None => produced.estimated_tokens(|| estimated(request)),
     }
 }

@@ -1,0 +1,1 @@
+//! The body of an OpenAI chat completion → messages, tools, options.

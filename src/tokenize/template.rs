@@ -1,0 +1,1 @@
+//! Jinja chat templates, rendered as `transformers` renders them.
