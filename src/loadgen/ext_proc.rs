@@ -35,7 +35,7 @@ use tonic::transport::{Channel, Endpoint};
 pub use self::traffic::ResponseShape;
 use self::{
     session::{Failure, Session},
-    traffic::Traffic,
+    traffic::{Prompts, Traffic},
 };
 use crate::{
     proto::ext_proc::external_processor_client::ExternalProcessorClient, support::metrics::Usage,
@@ -72,6 +72,13 @@ pub struct ExtProcOptions {
     /// Groups of prompts; three quarters of a prompt are the same within a group.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub groups: usize,
+    /// Send conversations of so many turns instead of single messages: `groups` of them at a time, each growing by
+    /// one turn, to `body` bytes, then beginning anew with another text.
+    #[arg(long, value_name = "N")]
+    pub turns: Option<usize>,
+    /// Model that the requests name.
+    #[arg(long, value_name = "NAME", default_value = "bench-model")]
+    pub model: String,
     /// What comes back from the pod: none, unary, or sse:CHUNKS.
     #[arg(long, value_name = "SHAPE", default_value = "unary")]
     pub response: ResponseShape,
@@ -143,7 +150,14 @@ pub async fn run(options: &ExtProcOptions, out: &mut impl Write) -> Result<()> {
     if options.rate.is_some_and(|rate| rate.is_nan() || rate <= 0.0) {
         bail!("--rate must be positive");
     }
-    let traffic = Arc::new(Traffic::new(options.body, options.groups, options.response));
+    ensure!(options.turns != Some(0), "--turns must be positive");
+    let prompts = Prompts {
+        model: &options.model,
+        bytes: options.body,
+        groups: options.groups,
+        turns: options.turns,
+    };
+    let traffic = Arc::new(Traffic::new(&prompts, options.response));
     let channels = connect(&options.target, options.connections).await?;
 
     let start = Instant::now();
