@@ -87,11 +87,7 @@ fn names_of<'s>(name: &'s str, assignments: &[Pair<'_, 's>]) -> Vec<&'s str> {
 
 /// The loop variables of loops over one of the names, or over their `key`. `None` if such a loop
 /// unpacks its items, which nobody does to messages.
-fn targets<'s>(
-    loops: &[Pair<'_, 's>],
-    names: &[&str],
-    key: Option<&str>,
-) -> Option<Vec<&'s str>> {
+fn targets<'s>(loops: &[Pair<'_, 's>], names: &[&str], key: Option<&str>) -> Option<Vec<&'s str>> {
     let over = |iter: &Expr<'_>| names.iter().any(|name| accesses(iter, name, key));
     let found = loops.iter().filter(|(_, iter)| over(iter));
     found

@@ -401,12 +401,7 @@ fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, 
     }))
 }
 
-fn split(
-    text: &str,
-    separator: Option<&str>,
-    most: usize,
-    from_end: bool,
-) -> Result<Value, Error> {
+fn split(text: &str, separator: Option<&str>, most: usize, from_end: bool) -> Result<Value, Error> {
     let mut parts: Vec<&str> = match separator {
         Some("") => return Err(invalid("empty separator")),
         Some(separator) if from_end => text.rsplitn(most + 1, separator).collect(),
