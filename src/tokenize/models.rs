@@ -16,7 +16,7 @@ use super::{
     chat::{self, Chat},
     encode::{CacheConfig, Encoder},
     pool::{Pool, PoolConfig},
-    template::Template,
+    template::{self, Clock, Template},
 };
 
 /// Where the tokenizers are.
@@ -54,6 +54,20 @@ impl Local {
     ///
     /// The first file that cannot be used, with the reason.
     pub fn load(config: &LocalConfig, registry: &Registry, prefix: &str) -> anyhow::Result<Self> {
+        Self::load_with_clock(config, registry, prefix, &template::system_clock())
+    }
+
+    /// Like [`Local::load`]; templates that ask for the date ask `clock`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Local::load`].
+    pub fn load_with_clock(
+        config: &LocalConfig,
+        registry: &Registry,
+        prefix: &str,
+        clock: &Clock,
+    ) -> anyhow::Result<Self> {
         let mut directories = config.models.clone();
         if let Some(parent) = &config.models_dir {
             for (name, directory) in find(parent)? {
@@ -62,7 +76,7 @@ impl Local {
         }
         let mut models = BTreeMap::new();
         for (name, directory) in &directories {
-            models.insert(name.clone(), Arc::new(Model::load(directory, config.cache)?));
+            models.insert(name.clone(), Arc::new(Model::load(directory, config.cache, clock)?));
         }
         for (alias, name) in &config.aliases {
             let Some(model) = models.get(name).cloned() else {
@@ -135,7 +149,7 @@ const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
 impl Model {
-    fn load(directory: &Path, cache: CacheConfig) -> anyhow::Result<Self> {
+    fn load(directory: &Path, cache: CacheConfig, clock: &Clock) -> anyhow::Result<Self> {
         let file = directory.join("tokenizer.json");
         let text = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
         let mut tokenizer: tokenizers::Tokenizer = serde_json::from_slice(&text)
@@ -153,7 +167,7 @@ impl Model {
         };
         let mut templates = BTreeMap::new();
         for (name, file, source) in sources(directory, &file, settings.chat_template)? {
-            let template = Template::parse(&source)
+            let template = Template::with_clock(&source, Arc::clone(clock))
                 .map_err(|reason| anyhow::anyhow!("{}: {reason}", file.display()))?;
             templates.insert(name, template);
         }

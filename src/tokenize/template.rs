@@ -58,7 +58,7 @@ impl Template {
     ///
     /// What is wrong with its syntax, with the line.
     pub fn parse(source: &str) -> Result<Self, String> {
-        Self::with_clock(source, Arc::new(now))
+        Self::with_clock(source, system_clock())
     }
 
     /// Compiles a template that asks `clock` for the time.
@@ -159,8 +159,10 @@ fn environment(clock: Clock) -> Environment<'static> {
     environment
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+/// The system's time.
+#[must_use]
+pub fn system_clock() -> Clock {
+    Arc::new(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
 }
 
 /// An error in one line: what, and in which line of the template.
