@@ -101,7 +101,8 @@ impl Chat {
                 return Err(invalid("chat_template_kwargs: not an object"));
             }
             for name in ["chat_template", "tokenize", "messages", "conversation"] {
-                if !get(kwargs, name).is_none() {
+                let value = get(kwargs, name);
+                if !value.is_none() && !value.is_undefined() {
                     return Err(invalid(format!("chat_template_kwargs.{name}: not allowed")));
                 }
             }

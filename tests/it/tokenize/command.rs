@@ -69,7 +69,7 @@ fn bad_models_are_named() {
     for (file, text, reason) in [
         ("tokenizer.json", "{\"version\":", "tokenizer.json: not a tokenizer: EOF"),
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer: "),
-        ("tokenizer_config.json", "[", "tokenizer_config.json: not usable: EOF"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not usable: EOF"),
         ("chat_template.jinja", "a\n{% if %}", "chat_template.jinja: chat template, line 2: "),
         ("chat_template.jinja", "{{ x | nonsense }}", "nonsense"),
     ] {

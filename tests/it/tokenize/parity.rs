@@ -43,7 +43,10 @@ impl Case {
                 let (ours, theirs) = (near(&ours.ids), near(theirs));
                 Some(format!("{}: id {at}: {ours} for {theirs} in {prompt}", self.model))
             }
-            (ours, theirs) => Some(format!("{}: {ours:?} for {theirs:?} in {prompt}", self.model)),
+            (ours, theirs) => {
+                let theirs = theirs.as_ref().map(Vec::len);
+                Some(format!("{}: {ours:?} for {theirs:?} ids in {prompt}", self.model))
+            }
         }
     }
 }
