@@ -136,6 +136,7 @@ fn pairs(value: &Value) -> impl Iterator<Item = (Value, Value)> {
 
 /// The filter `tojson` of `transformers`: `json.dumps` without escapes for HTML, and without
 /// `ensure_ascii` unless asked.
+#[expect(clippy::needless_pass_by_value, reason = "filters are given their arguments")]
 pub(super) fn to_json(
     state: &State<'_, '_>,
     value: &Value,
