@@ -2,13 +2,14 @@
 //!
 //! A template that loops over the `content` of a message that it got by looping over `messages` takes
 //! lists of parts; any other takes strings. Variables that `set` or a loop gave another name are
-//! followed, through filters, tests and slices, without regard to scope.
+//! followed, through filters, tests and slices, without regard to scope. So is content that is given to a
+//! macro which loops over it, and a loop over `content` itself counts outside of macros.
 
 use std::collections::VecDeque;
 
 use minijinja::{
     machinery::{
-        ast::{Expr, Stmt},
+        ast::{CallArg, Expr, Macro, Stmt},
         parse,
     },
     syntax::SyntaxConfig,
@@ -30,10 +31,97 @@ pub(super) fn detect(source: &str, syntax: SyntaxConfig) -> ContentFormat {
     collect(&tree, &mut loops, &mut assignments);
     let messages = names_of("messages", &assignments);
     let Some(items) = targets(&loops, &messages, None) else { return ContentFormat::String };
-    match targets(&loops, &items, Some("content")) {
-        Some(contents) if !contents.is_empty() => ContentFormat::Parts,
-        _ => ContentFormat::String,
+    let Some(contents) = targets(&loops, &items, Some("content")) else {
+        return ContentFormat::String;
+    };
+    let (mut macros, mut calls) = (Vec::new(), Vec::new());
+    let by_name = macros_and_calls(&tree, &mut macros, &mut calls);
+    let in_macro = || macros.iter().any(|defined| loops_over_content(defined, &calls, &items));
+    if contents.is_empty() && !by_name && !in_macro() {
+        return ContentFormat::String;
     }
+    ContentFormat::Parts
+}
+
+/// A macro's name, and what it is given.
+type MacroCall<'t, 's> = (&'s str, &'t [CallArg<'s>]);
+
+/// Collects macros and calls; whether a loop outside of macros is over `content`.
+fn macros_and_calls<'t, 's>(
+    statement: &'t Stmt<'s>,
+    macros: &mut Vec<&'t Macro<'s>>,
+    calls: &mut Vec<MacroCall<'t, 's>>,
+) -> bool {
+    let mut found = false;
+    match statement {
+        Stmt::EmitExpr(emit) => calls_in(&emit.expr, calls),
+        Stmt::Set(set) => calls_in(&set.expr, calls),
+        Stmt::IfCond(branch) => calls_in(&branch.expr, calls),
+        Stmt::ForLoop(each) => {
+            found = is_name(&each.iter, "content");
+            calls_in(&each.iter, calls);
+        }
+        Stmt::Macro(defined) => macros.push(defined),
+        _ => {}
+    }
+    for inner in bodies(statement).into_iter().flatten() {
+        found |= macros_and_calls(inner, macros, calls);
+    }
+    found && !matches!(statement, Stmt::Macro(_))
+}
+
+fn calls_in<'t, 's>(expression: &'t Expr<'s>, calls: &mut Vec<MacroCall<'t, 's>>) {
+    match expression {
+        Expr::Call(call) => {
+            if let Expr::Var(name) = &call.expr {
+                calls.push((name.id, &call.args));
+            }
+            calls_in(&call.expr, calls);
+        }
+        Expr::BinOp(both) => {
+            calls_in(&both.left, calls);
+            calls_in(&both.right, calls);
+        }
+        Expr::IfExpr(either) => {
+            calls_in(&either.true_expr, calls);
+            if let Some(other) = &either.false_expr {
+                calls_in(other, calls);
+            }
+        }
+        Expr::Filter(filter) => {
+            if let Some(inner) = &filter.expr {
+                calls_in(inner, calls);
+            }
+        }
+        Expr::GetAttr(access) => calls_in(&access.expr, calls),
+        Expr::GetItem(access) => calls_in(&access.expr, calls),
+        _ => {}
+    }
+}
+
+/// Whether a macro loops over a parameter that some call fills with the content of a message.
+fn loops_over_content(defined: &Macro<'_>, calls: &[MacroCall<'_, '_>], items: &[&str]) -> bool {
+    let (mut loops, mut assignments) = (Vec::new(), Vec::new());
+    for inner in &defined.body {
+        collect(inner, &mut loops, &mut assignments);
+    }
+    let is_content =
+        |value: &Expr<'_>| items.iter().any(|name| accesses(value, name, Some("content")));
+    let fills = |parameter: usize, name: &str| {
+        calls.iter().filter(|(called, _)| *called == defined.name).any(|(_, args)| {
+            args.iter().enumerate().any(|(at, arg)| match arg {
+                CallArg::Pos(value) => at == parameter && is_content(value),
+                CallArg::Kwarg(key, value) => *key == name && is_content(value),
+                _ => false,
+            })
+        })
+    };
+    defined.args.iter().enumerate().any(|(at, parameter)| match parameter {
+        Expr::Var(name) => {
+            loops.iter().any(|(_, iter)| is_name(iter, name.id)) && fills(at, name.id)
+        }
+        _ => false,
+    })
 }
 
 type Pair<'t, 's> = (&'t Expr<'s>, &'t Expr<'s>);
@@ -44,18 +132,23 @@ fn collect<'t, 's>(
     loops: &mut Vec<Pair<'t, 's>>,
     assignments: &mut Vec<Pair<'t, 's>>,
 ) {
-    let bodies: [&[Stmt<'s>]; 2] = match statement {
+    match statement {
+        Stmt::ForLoop(each) => loops.push((&each.target, &each.iter)),
+        Stmt::Set(set) => assignments.push((&set.target, &set.expr)),
+        _ => {}
+    }
+    for inner in bodies(statement).into_iter().flatten() {
+        collect(inner, loops, assignments);
+    }
+}
+
+/// The statements within a statement.
+fn bodies<'t, 's>(statement: &'t Stmt<'s>) -> [&'t [Stmt<'s>]; 2] {
+    match statement {
         Stmt::Template(template) => [&template.children, &[]],
-        Stmt::ForLoop(each) => {
-            loops.push((&each.target, &each.iter));
-            [&each.body, &each.else_body]
-        }
+        Stmt::ForLoop(each) => [&each.body, &each.else_body],
         Stmt::IfCond(branch) => [&branch.true_body, &branch.false_body],
         Stmt::WithBlock(block) => [&block.body, &[]],
-        Stmt::Set(set) => {
-            assignments.push((&set.target, &set.expr));
-            [&[], &[]]
-        }
         Stmt::SetBlock(block) => [&block.body, &[]],
         Stmt::AutoEscape(block) => [&block.body, &[]],
         Stmt::FilterBlock(block) => [&block.body, &[]],
@@ -63,9 +156,6 @@ fn collect<'t, 's>(
         Stmt::Macro(defined) => [&defined.body, &[]],
         Stmt::CallBlock(call) => [&call.macro_decl.body, &[]],
         _ => [&[], &[]],
-    };
-    for inner in bodies.into_iter().flatten() {
-        collect(inner, loops, assignments);
     }
 }
 

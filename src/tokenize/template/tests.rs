@@ -143,4 +143,9 @@ fn content_format_is_told_by_loops() {
         "{% for m in messages %}{% set c = m.content %}{% for p in c %}{% endfor %}{% endfor %}",
         string,
     );
+    let named = "{% for m in messages %}{% set content = m.content %}{% for p in content %}{% endfor %}{% endfor %}";
+    check(named, parts);
+    let given = "{% macro show(c) %}{% for p in c %}{% endfor %}{% endmacro %}{% for m in messages %}{{ show(m.content) }}{% endfor %}";
+    check(given, parts);
+    check(&given.replace("m.content", "m.role"), string);
 }
