@@ -10,6 +10,7 @@
 //! | --- | --- |
 //! | [`models`] | directories of models → tokenizers by served name |
 //! | [`chat`] | the body of an OpenAI chat completion → messages, tools, options |
+//! | [`command`] | `kv-indexer tokenize` |
 //! | [`template`] | Jinja chat templates as `transformers` renders them |
 //! | [`encode`] | text → ids, with a prefix-aware cache |
 //! | [`pool`] | threads of their own, a queue with a cap, a budget per request |
@@ -22,6 +23,7 @@ use bytes::Bytes;
 use crate::hash::MultimodalItem;
 
 pub mod chat;
+pub mod command;
 pub mod encode;
 pub mod models;
 pub mod pool;

@@ -5,10 +5,11 @@ use std::{io::Write as _, process::ExitCode};
 use kv_indexer::{
     indexer::{
         self, Addresses, IndexerConfig,
-        args::{Args, Start},
+        args::{Args, Command, Start},
     },
     ingest::discovery::parse_pod_flag,
     support::{signal, telemetry},
+    tokenize,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +18,9 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(status) => return ExitCode::from(status),
     };
+    if let Some(Command::Tokenize(command)) = &args.command {
+        return end(tokenize::command::run(command, &mut std::io::stdout().lock()));
+    }
     match args.start(parse_pod_flag, &mut std::io::stdout(), &mut std::io::stderr()) {
         Start::Exit(status) => ExitCode::from(status),
         Start::Run(config) => match run(*config) {
@@ -27,6 +31,14 @@ fn main() -> ExitCode {
             }
         },
     }
+}
+
+/// The status of a command that ended, and what went wrong on standard error.
+fn end(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    // Whoever closed our output still gets the status.
+    writeln!(std::io::stderr(), "kv-indexer: {error:#}").unwrap_or_default();
+    ExitCode::FAILURE
 }
 
 fn run(config: IndexerConfig) -> anyhow::Result<()> {

@@ -1,10 +1,23 @@
 //! Directories of models → tokenizers by served name.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fmt, fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
+use anyhow::{Context as _, bail};
 use prometheus::Registry;
+use serde::Deserialize;
 
-use super::{Input, Tokenize, TokenizeError, Tokenized, encode::CacheConfig, pool::PoolConfig};
+use super::{
+    Input, Tokenize, TokenizeError, Tokenized,
+    chat::{self, Chat},
+    encode::{CacheConfig, Encoder},
+    pool::{Pool, PoolConfig},
+    template::{self, Clock, Template},
+};
 
 /// Where the tokenizers are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,7 +25,8 @@ pub struct LocalConfig {
     /// Served name → directory with `tokenizer.json`.
     pub models: BTreeMap<String, PathBuf>,
     /// A directory of model directories, as below `/mnt/models`; names are those of the directories,
-    /// with one `org/` level at most.
+    /// with one `org/` level at most. It may be a model's directory itself, named as it is, or a cache
+    /// of the Hugging Face hub with its `models--org--name`.
     pub models_dir: Option<PathBuf>,
     /// Other served names of the above.
     pub aliases: BTreeMap<String, String>,
@@ -28,7 +42,9 @@ pub struct LocalConfig {
 /// Tokenizers of this process.
 #[derive(Debug)]
 pub struct Local {
-    _private: (),
+    models: BTreeMap<String, Arc<Model>>,
+    default: Option<Arc<Model>>,
+    pool: Pool,
 }
 
 impl Local {
@@ -37,18 +53,301 @@ impl Local {
     /// # Errors
     ///
     /// The first file that cannot be used, with the reason.
-    pub fn load(
-        _config: &LocalConfig,
-        _registry: &Registry,
-        _prefix: &str,
+    pub fn load(config: &LocalConfig, registry: &Registry, prefix: &str) -> anyhow::Result<Self> {
+        Self::load_with_clock(config, registry, prefix, &template::system_clock())
+    }
+
+    /// Like [`Local::load`]; templates that ask for the date ask `clock`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Local::load`].
+    pub fn load_with_clock(
+        config: &LocalConfig,
+        registry: &Registry,
+        prefix: &str,
+        clock: &Clock,
     ) -> anyhow::Result<Self> {
-        anyhow::bail!("not built")
+        let mut directories = config.models.clone();
+        if let Some(parent) = &config.models_dir {
+            for (name, directory) in find(parent)? {
+                directories.entry(name).or_insert(directory);
+            }
+        }
+        let mut models = BTreeMap::new();
+        for (name, directory) in &directories {
+            models.insert(name.clone(), Arc::new(Model::load(directory, config.cache, clock)?));
+        }
+        for (alias, name) in &config.aliases {
+            let Some(model) = models.get(name).cloned() else {
+                bail!("the alias {alias:?} stands for {name:?}, of which there is no tokenizer");
+            };
+            models.insert(alias.clone(), model);
+        }
+        let default = match &config.default {
+            Some(name) => match models.get(name) {
+                Some(model) => Some(Arc::clone(model)),
+                None => bail!("there is no tokenizer of the default model {name:?}"),
+            },
+            None if directories.len() == 1 => models.values().next().cloned(),
+            None => None,
+        };
+        Ok(Self { models, default, pool: Pool::start(config.pool, registry, prefix)? })
+    }
+
+    /// The served names, aliases among them, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.models.keys().map(String::as_str)
+    }
+
+    /// How many names there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.models.len()
+    }
+
+    /// Tokenizes on the thread of the caller, however long it takes.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenizeError`], except those of the queue.
+    pub fn tokenize_now(&self, model: &str, input: &Input) -> Result<Tokenized, TokenizeError> {
+        self.model(model)?.tokenize(input)
+    }
+
+    fn model(&self, name: &str) -> Result<&Arc<Model>, TokenizeError> {
+        self.models.get(name).or(self.default.as_ref()).ok_or(TokenizeError::NotConfigured)
     }
 }
 
 #[tonic::async_trait]
 impl Tokenize for Local {
-    async fn tokenize(&self, _model: &str, _input: Input) -> Result<Tokenized, TokenizeError> {
-        Err(TokenizeError::NotConfigured)
+    async fn tokenize(&self, model: &str, input: Input) -> Result<Tokenized, TokenizeError> {
+        let model = Arc::clone(self.model(model)?);
+        self.pool.run(move || model.tokenize(&input)).await
     }
 }
+
+/// A tokenizer and the templates of its directory.
+struct Model {
+    encoder: Encoder,
+    /// Special tokens by name, such as `bos_token`.
+    special: BTreeMap<String, String>,
+    templates: BTreeMap<String, Template>,
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let templates: Vec<_> = self.templates.keys().collect();
+        f.debug_struct("Model").field("templates", &templates).finish_non_exhaustive()
+    }
+}
+
+/// The name of the template that is used unless there is a reason for another.
+const DEFAULT: &str = "default";
+/// The name of the template for requests with tools.
+const TOOL_USE: &str = "tool_use";
+
+impl Model {
+    fn load(directory: &Path, cache: CacheConfig, clock: &Clock) -> anyhow::Result<Self> {
+        let file = directory.join("tokenizer.json");
+        let text = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+        let mut tokenizer: tokenizers::Tokenizer = serde_json::from_slice(&text)
+            .with_context(|| format!("{}: not a tokenizer", file.display()))?;
+        // Engines set both by themselves, for each request.
+        tokenizer.with_padding(None);
+        let untruncated = tokenizer.with_truncation(None).map(|_| ());
+        untruncated.map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
+
+        let file = directory.join("tokenizer_config.json");
+        let settings: Settings = match read_if_there(&file)? {
+            Some(text) => serde_json::from_str(&text)
+                .with_context(|| format!("{}: not usable", file.display()))?,
+            None => Settings::default(),
+        };
+        let mut templates = BTreeMap::new();
+        for (name, file, source) in sources(directory, &file, settings.chat_template)? {
+            let template = Template::with_clock(&source, Arc::clone(clock))
+                .map_err(|reason| anyhow::anyhow!("{}: {reason}", file.display()))?;
+            templates.insert(name, template);
+        }
+        let mut special = BTreeMap::new();
+        for (name, token) in settings.others {
+            let is_special = name.ends_with("_token") && !name.starts_with("add_");
+            if let Some(token) = token_text(&token).filter(|_| is_special) {
+                special.insert(name, token.to_owned());
+            }
+        }
+        Ok(Self { encoder: Encoder::new(Arc::new(tokenizer), cache), special, templates })
+    }
+
+    fn tokenize(&self, input: &Input) -> Result<Tokenized, TokenizeError> {
+        let (text, add_special_tokens, chat) = match input {
+            Input::Text { text, add_special_tokens } => {
+                return self.encode(text, *add_special_tokens).map(Tokenized::from);
+            }
+            Input::Chat(body) => {
+                let chat = Chat::parse(body)?;
+                (self.render(&chat)?, chat.add_special_tokens(), chat)
+            }
+        };
+        let mut ids = self.encode(&text, add_special_tokens)?;
+        chat.truncate(&mut ids);
+        Ok(ids.into())
+    }
+
+    fn render(&self, chat: &Chat) -> Result<String, TokenizeError> {
+        let tool_use = self.templates.get(TOOL_USE).filter(|_| chat.has_tools());
+        let template = tool_use.or_else(|| self.templates.get(DEFAULT));
+        let template = template.ok_or(TokenizeError::NoChatTemplate)?;
+        let (variables, continued) =
+            chat.variables(template.content_format(), &self.special, template.source())?;
+        let mut text = template.render(variables, chat.bytes()).map_err(TokenizeError::Invalid)?;
+        if let Some(continued) = continued {
+            chat::cut_behind(&mut text, &continued)?;
+        }
+        Ok(text)
+    }
+
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizeError> {
+        self.encoder.encode(text, add_special_tokens).map_err(TokenizeError::Invalid)
+    }
+}
+
+/// What of `tokenizer_config.json` matters.
+#[derive(Debug, Default, Deserialize)]
+struct Settings {
+    #[serde(default)]
+    chat_template: Option<Templates>,
+    /// Special tokens are those whose names end in `_token`.
+    #[serde(flatten)]
+    others: BTreeMap<String, serde_json::Value>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Debug, Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+/// A token is a string, or an object with its text as `content`.
+fn token_text(token: &serde_json::Value) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str())
+}
+
+/// Templates by name, each with its file. Files of templates take the place of all in the settings.
+fn sources(
+    directory: &Path,
+    settings: &Path,
+    inline: Option<Templates>,
+) -> anyhow::Result<Vec<(String, PathBuf, String)>> {
+    let mut found = Vec::new();
+    let file = directory.join("chat_template.jinja");
+    if let Some(source) = read_if_there(&file)? {
+        found.push((DEFAULT.to_owned(), file, source));
+    }
+    for file in entries(&directory.join("chat_templates"))? {
+        let name = file.file_stem().and_then(|name| name.to_str()).map(str::to_owned);
+        let is_template = file.extension().is_some_and(|extension| extension == "jinja");
+        if let (Some(name), true) = (name, is_template) {
+            let source = fs::read_to_string(&file);
+            let source = source.with_context(|| format!("reading {}", file.display()))?;
+            found.push((name, file, source));
+        }
+    }
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    Ok(match inline {
+        None => Vec::new(),
+        Some(Templates::One(source)) => vec![(DEFAULT.to_owned(), settings.to_owned(), source)],
+        Some(Templates::Named(all)) => {
+            all.into_iter().map(|one| (one.name, settings.to_owned(), one.template)).collect()
+        }
+    })
+}
+
+/// Model directories below `parent`, by name.
+fn find(parent: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    if !parent.is_dir() {
+        bail!("{}: not a directory", parent.display());
+    }
+    if is_model(parent) {
+        let whole = parent.canonicalize().unwrap_or_else(|_| parent.to_owned());
+        return Ok(vec![(name_of(&whole), parent.to_owned())]);
+    }
+    let mut found = Vec::new();
+    for directory in entries(parent)? {
+        let name = name_of(&directory);
+        if is_model(&directory) {
+            found.push((name, directory));
+        } else if let Some(cached) = name.strip_prefix("models--") {
+            if let Some(snapshot) = snapshot(&directory)? {
+                found.push((cached.replacen("--", "/", 1), snapshot));
+            }
+        } else {
+            let inner = entries(&directory)?.into_iter().filter(|inner| is_model(inner));
+            found.extend(inner.map(|inner| (format!("{name}/{}", name_of(&inner)), inner)));
+        }
+    }
+    if found.is_empty() {
+        bail!("{}: no directory with a tokenizer.json in it", parent.display());
+    }
+    Ok(found)
+}
+
+/// The snapshot that `refs/main` names in a directory of the hub's cache, or else the last one.
+fn snapshot(directory: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let snapshots = directory.join("snapshots");
+    if let Some(revision) = read_if_there(&directory.join("refs/main"))? {
+        let named = snapshots.join(revision.trim());
+        if is_model(&named) {
+            return Ok(Some(named));
+        }
+    }
+    Ok(entries(&snapshots)?.into_iter().rfind(|snapshot| is_model(snapshot)))
+}
+
+fn is_model(directory: &Path) -> bool {
+    directory.join("tokenizer.json").is_file()
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// What is in a directory, sorted; nothing if there is no such directory.
+fn entries(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    if !directory.is_dir() {
+        return Ok(Vec::new());
+    }
+    let context = || format!("reading {}", directory.display());
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(directory).with_context(context)? {
+        paths.push(entry.with_context(context)?.path());
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn read_if_there(file: &Path) -> anyhow::Result<Option<String>> {
+    match fs::read_to_string(file) {
+        Ok(text) => Ok(Some(text)),
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error).with_context(|| format!("reading {}", file.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -20,4 +20,5 @@ mod replay_tool;
 mod service;
 mod streams;
 mod support;
+mod tokenize;
 mod wire;

@@ -1,0 +1,5 @@
+//! Tokenization against `transformers`, with the tokenizers of four model families.
+
+mod command;
+mod parity;
+mod rig;
