@@ -12,7 +12,7 @@ mod run;
 pub mod server;
 pub mod service;
 pub mod speculation;
-pub mod tokenize;
+mod tokenizers;
 
 pub use self::{
     api::ApiConfig,
