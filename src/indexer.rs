@@ -4,6 +4,7 @@ pub mod api;
 pub mod args;
 pub mod config;
 mod error;
+pub mod explain;
 pub mod metrics;
 mod pods;
 pub mod ready;

@@ -5,7 +5,7 @@ use std::{io::Write as _, process::ExitCode};
 use kv_indexer::{
     indexer::{
         self, Addresses, IndexerConfig,
-        args::{Args, Start},
+        args::{Args, Command, Start},
     },
     ingest::discovery::parse_pod_flag,
     support::{signal, telemetry},
@@ -17,6 +17,9 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(status) => return ExitCode::from(status),
     };
+    if let Some(Command::Explain(explain)) = &args.command {
+        return ExitCode::from(explain.run(&mut std::io::stdout(), &mut std::io::stderr()));
+    }
     match args.start(parse_pod_flag, &mut std::io::stdout(), &mut std::io::stderr()) {
         Start::Exit(status) => ExitCode::from(status),
         Start::Run(config) => match run(*config) {

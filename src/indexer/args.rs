@@ -9,12 +9,15 @@ use std::{
 };
 
 use clap::{
-    Parser,
+    Parser, Subcommand,
     builder::{OsStringValueParser, TypedValueParser},
 };
 
 use crate::{
-    indexer::config::{Flags, IndexerConfig},
+    indexer::{
+        config::{Flags, IndexerConfig},
+        explain::Explain,
+    },
     ingest::fleet::PodDeclaration,
     support::{
         fields::Fault,
@@ -29,6 +32,9 @@ pub const EX_USAGE: u8 = 64;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "kv-indexer", version, about)]
 pub struct Args {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Configuration file, YAML or JSON; without one, the defaults hold.
     #[arg(long, env = "KV_INDEXER_CONFIG", value_name = "FILE", value_parser = any_path())]
     pub config: Option<PathBuf>,
@@ -56,6 +62,13 @@ pub struct Args {
     /// Log level, such as info, or by module, such as info,hyper=warn.
     #[arg(long, value_name = "LEVEL", value_parser = parse_level)]
     pub log_level: Option<String>,
+}
+
+/// Commands that end by themselves.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Says why a pod scores a prompt as it does.
+    Explain(Box<Explain>),
 }
 
 /// What to do after the command line and the configuration are read.
