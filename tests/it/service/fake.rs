@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    net::SocketAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -26,6 +27,7 @@ use kv_indexer::{
         kvindexer::{self as pb, kv_indexer_client::KvIndexerClient},
         llmd::indexer_service_client::IndexerServiceClient,
     },
+    support::tls::{Certificate, TlsOptions, server_config},
     tokenize::{Input, Tokenize, TokenizeError, Tokenized},
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
@@ -365,6 +367,21 @@ impl World {
             tasks,
             server,
         }
+    }
+
+    /// Serves the same over TLS, on another port.
+    pub(crate) async fn listen_tls(
+        &mut self,
+        options: &TlsOptions,
+        certificate: Certificate,
+    ) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let tls = Some(server_config(options, certificate).unwrap());
+        let (service, ready) = (self.service.clone(), self.ready.subscribe());
+        let drain = Duration::from_secs(2);
+        self.server.spawn(serve(listener, tls, service, ready, self.stop.clone(), drain));
+        address
     }
 
     /// Stops the server and says how it ended.
