@@ -6,7 +6,10 @@
 //! | [`client`] | whom a client trusts, and who it is |
 //! | [`names`] | Go's names of versions and cipher suites |
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use tokio_rustls::rustls::{
     self,
@@ -90,10 +93,12 @@ fn private_key(
 }
 
 /// The certificates of a file, as roots of trust.
-fn roots(path: &PathBuf) -> Result<rustls::RootCertStore, TlsError> {
+fn roots(path: &Path) -> Result<rustls::RootCertStore, TlsError> {
     let mut roots = rustls::RootCertStore::empty();
-    for certificate in certificates(&read(path.clone())?, || path.clone())? {
-        roots.add(certificate).map_err(|source| TlsError::Pair { path: path.clone(), source })?;
+    for certificate in certificates(&read(path.to_owned())?, || path.to_owned())? {
+        roots
+            .add(certificate)
+            .map_err(|source| TlsError::Pair { path: path.to_owned(), source })?;
     }
     Ok(roots)
 }

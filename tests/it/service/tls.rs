@@ -108,7 +108,8 @@ async fn a_changed_certificate_is_shown_to_new_connections() {
     let counter = |name: &str| IntCounter::new(name, name).unwrap();
     let metrics = ReloadMetrics { loaded: counter("loaded"), failed: counter("failed") };
     let stop = CancellationToken::new();
-    let following = tokio::spawn(certificate.follow(metrics.clone(), stop.clone()));
+    let mut following = tokio::task::JoinSet::new();
+    following.spawn(certificate.follow(metrics.clone(), stop.clone()));
     let first = shown(at).await;
     assert_eq!(shown(at).await, first);
     write_pair(directory.path(), "localhost");
@@ -121,7 +122,7 @@ async fn a_changed_certificate_is_shown_to_new_connections() {
     .unwrap();
     assert_eq!(metrics.loaded.get(), 1);
     stop.cancel();
-    following.await.unwrap().unwrap();
+    following.join_next().await.unwrap().unwrap().unwrap();
 }
 
 /// The certificate that a new connection sees.
