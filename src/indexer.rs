@@ -4,6 +4,7 @@ pub mod api;
 pub mod args;
 pub mod config;
 mod error;
+pub mod explain;
 pub mod metrics;
 mod pods;
 pub mod ready;
@@ -12,7 +13,7 @@ mod run;
 pub mod server;
 pub mod service;
 pub mod speculation;
-pub mod tokenize;
+mod tokenizers;
 
 pub use self::{
     api::ApiConfig,

@@ -1,5 +1,5 @@
 //! What every program of the project needs and none is about: configuration reading, telemetry,
-//! process metrics, supervised tasks, watched files, the admin server.
+//! process metrics, supervised tasks, watched files, TLS, the admin server.
 //!
 //! Nothing here imports another module of the crate.
 
@@ -11,5 +11,6 @@ pub mod signal;
 pub mod sync;
 pub mod task;
 pub mod telemetry;
+pub mod tls;
 pub mod units;
 pub mod watched;

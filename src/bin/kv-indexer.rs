@@ -21,6 +21,9 @@ fn main() -> ExitCode {
     if let Some(Command::Tokenize(command)) = &args.command {
         return end(tokenize::command::run(command, &mut std::io::stdout().lock()));
     }
+    if let Some(Command::Explain(explain)) = &args.command {
+        return ExitCode::from(explain.run(&mut std::io::stdout(), &mut std::io::stderr()));
+    }
     match args.start(parse_pod_flag, &mut std::io::stdout(), &mut std::io::stderr()) {
         Start::Exit(status) => ExitCode::from(status),
         Start::Run(config) => match run(*config) {

@@ -28,9 +28,13 @@ use crate::{
     epp::{
         config::{FILE_DISCOVERY, Loaded, Parts, load},
         datalayer::{UnknownMetrics, discovery::StaticList},
-        server::tls::{self, CipherSuites, TlsVersion},
     },
-    support::{fields::Fault, telemetry::LogFormat, units},
+    support::{
+        fields::Fault,
+        telemetry::LogFormat,
+        tls::{self, CipherSuites, TlsVersion},
+        units,
+    },
 };
 use clap::{ArgAction, CommandFactory as _, Parser};
 

@@ -35,9 +35,9 @@ use crate::{
         datalayer::{Endpoint, EndpointWatcher, Endpoints},
         director::RefusalCode,
         scheduling,
-        server::{ConnectionMetrics, tls::ReloadMetrics},
+        server::ConnectionMetrics,
     },
-    support::{metrics::add, sync::lock},
+    support::{metrics::add, sync::lock, tls::ReloadMetrics},
 };
 
 mod family;
@@ -457,7 +457,7 @@ impl EppMetrics {
         self.connections.clone()
     }
 
-    /// For [`Certificate::follow`](crate::epp::server::tls::Certificate::follow).
+    /// For [`Certificate::follow`](crate::support::tls::Certificate::follow).
     #[must_use]
     pub fn reloads(&self) -> ReloadMetrics {
         self.reloads.clone()

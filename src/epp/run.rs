@@ -31,16 +31,13 @@ use crate::{
         },
         request::Parsers,
         scheduling::{Configured, Scheduler},
-        server::{
-            self, GrpcOptions, ServerOptions, Services, admin,
-            health::Health,
-            tls::{self, Certificate, TlsOptions},
-        },
+        server::{self, GrpcOptions, ServerOptions, Services, admin, health::Health},
         service::Service,
     },
     support::{
         admin as http_admin, metrics,
         task::{Stage, Supervisor},
+        tls::{self, Certificate, TlsOptions},
     },
 };
 
@@ -330,6 +327,7 @@ fn tls(
         cert_path: args.cert_path().map(Path::to_owned),
         min_version: args.tls_min_version,
         cipher_suites: args.tls_cipher_suites.usable.clone(),
+        client_ca: None,
     };
     let certificate = Certificate::new(&options).context("--cert-path")?;
     if args.enable_cert_reload && options.cert_path.is_some() {

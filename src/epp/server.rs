@@ -1,9 +1,8 @@
-//! The listeners of the endpoint picker: gRPC over HTTP/2, TLS, health, operators' pages.
+//! The listeners of the endpoint picker: gRPC over HTTP/2 and TLS, health, operators' pages.
 //!
 //! | module | what it is for |
 //! | --- | --- |
 //! | [`listen`] | TCP connections → HTTP/2 on threads of their own, limits, drain |
-//! | [`tls`] | certificates: self-signed or from files, and their reload |
 //! | [`health`] | `grpc.health.v1` |
 //! | [`admin`] | `/metrics` and `/debug/…` |
 //! | [`null`] | an `ext_proc` service that decides nothing: the yardstick |
@@ -16,7 +15,6 @@ pub mod health;
 pub mod listen;
 pub mod null;
 mod services;
-pub mod tls;
 
 pub use self::{
     listen::{ConnectionMetrics, ServerOptions, serve},

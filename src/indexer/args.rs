@@ -14,7 +14,10 @@ use clap::{
 };
 
 use crate::{
-    indexer::config::{Flags, IndexerConfig},
+    indexer::{
+        config::{Flags, IndexerConfig},
+        explain::Explain,
+    },
     ingest::fleet::PodDeclaration,
     support::{
         fields::Fault,
@@ -67,6 +70,8 @@ pub struct Args {
 pub enum Command {
     /// Prints the token ids of prompts.
     Tokenize(TokenizeArgs),
+    /// Says why a pod scores a prompt as it does.
+    Explain(Box<Explain>),
 }
 
 /// What to do after the command line and the configuration are read.

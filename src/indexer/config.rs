@@ -22,6 +22,7 @@ mod events;
 mod json;
 mod keys;
 mod pods;
+mod serving;
 mod storage;
 
 use std::{
@@ -31,6 +32,7 @@ use std::{
     time::Duration,
 };
 
+pub use self::serving::{GrpcTls, Tokenizers};
 use crate::{
     indexer::ApiConfig,
     ingest::{IngestConfig, fleet::PodDeclaration},
@@ -53,6 +55,8 @@ const HOUR_MS: u64 = 3_600_000;
 pub struct IndexerConfig {
     /// Where the gRPC API listens; port 0 takes a free one.
     pub grpc_listen: SocketAddr,
+    /// TLS of the gRPC API; `None` = plaintext.
+    pub grpc_tls: Option<GrpcTls>,
     /// Where metrics, health and configuration are served; port 0 takes a free one.
     pub admin_listen: SocketAddr,
     /// How a log line looks.
@@ -61,6 +65,8 @@ pub struct IndexerConfig {
     pub log_level: String,
     /// Streams and pods.
     pub ingest: IngestConfig,
+    /// What turns text into tokens.
+    pub tokenizers: Tokenizers,
     /// API limits, models and their hash settings.
     pub api: ApiConfig,
     /// What a block is worth by the tier that holds it.
@@ -88,6 +94,7 @@ impl Default for IndexerConfig {
         let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         Self {
             grpc_listen: local(50_051),
+            grpc_tls: None,
             admin_listen: local(9_091),
             log_format: LogFormat::Text,
             log_level: "info".to_owned(),
@@ -95,6 +102,7 @@ impl Default for IndexerConfig {
                 topic_filter: DEFAULT_TOPIC.to_owned(),
                 ..IngestConfig::default()
             },
+            tokenizers: Tokenizers::default(),
             api: ApiConfig::default(),
             tiers: TierInputs::default(),
             index_cap_bytes: 4 << 30,
@@ -175,6 +183,7 @@ impl IndexerConfig {
     pub fn known_fields() -> BTreeSet<String> {
         // One element per list, so that the fields of elements are asked for.
         let lists = serde_json::json!({
+            "tokenizers": {"render": {}},
             "models": [{}], "pods": [{}], "kvCacheBackendConfigs": [{}],
             "indexerConfig": {},
         });
@@ -199,6 +208,8 @@ impl IndexerConfig {
 
     fn read_root(&mut self, reader: &Reader, root: Fields<'_>, flags: &Flags) {
         self.read_process(&root, flags);
+        self.read_tls(&root);
+        self.read_tokenizers(&root);
         let indexer = root.mapping("indexerConfig");
         if root.is_null("indexerConfig") {
             root.fault(
@@ -288,7 +299,7 @@ impl IndexerConfig {
 fn llmd_only(root: &Fields<'_>, indexer: &Fields<'_>) -> bool {
     const SPECULATION: &str = "has no effect: a router that wants speculative entries asks for \
                                them, with their life, through `Speculate`";
-    const TOKENIZER: &str = "has no effect: prompts are tokenized by the caller";
+    const TOKENIZER: &str = "has no effect: `tokenizers` names the directories of models";
     let only =
         ["speculativeIndexing", "speculativeTTL", "tokenizersPoolConfig", "prefixStoreConfig"];
     let llmd = indexer.is_present() || only.iter().any(|name| root.has(name));

@@ -3,7 +3,7 @@
 use prost::Message;
 use tonic::{Code, Status};
 
-use crate::indexer::registry::RegistryError;
+use crate::{indexer::registry::RegistryError, tokenize::TokenizeError};
 
 /// Longest piece of a caller's text that a message repeats, in bytes. Statuses travel in HTTP/2
 /// headers, which clients bound (8 KiB is common).
@@ -45,6 +45,14 @@ pub enum ScoreError {
         field: String,
         /// Model of the request.
         model: String,
+    },
+    /// Text was sent, and has no tokens now, or none that we can know.
+    #[error("{field}: {error}")]
+    Tokenize {
+        /// Path of the text.
+        field: String,
+        /// Why; neither `NotConfigured` nor `Invalid`.
+        error: TokenizeError,
     },
     /// Text was sent on a stream, whose answers keep their order and cannot wait for a tokenizer.
     #[error("{field}: not on ScoreStream: use Score, or send token_ids_le or block_keys")]
@@ -117,6 +125,15 @@ impl ScoreError {
         match self {
             Self::Invalid { .. } => Code::InvalidArgument,
             Self::Fingerprint { .. } | Self::NoTokenizer { .. } => Code::FailedPrecondition,
+            Self::Tokenize { error, .. } => match error {
+                TokenizeError::Busy => Code::ResourceExhausted,
+                TokenizeError::Late => Code::DeadlineExceeded,
+                TokenizeError::Unavailable(_) => Code::Unavailable,
+                TokenizeError::Invalid(_) => Code::InvalidArgument,
+                TokenizeError::NotConfigured
+                | TokenizeError::NoChatTemplate
+                | TokenizeError::Multimodal => Code::FailedPrecondition,
+            },
             Self::NotOnStream { .. } | Self::Unimplemented(_) => Code::Unimplemented,
             Self::Deadline { .. } | Self::WaitDeadline => Code::DeadlineExceeded,
             Self::AnswerTooLarge { .. } | Self::TooManySpeculations { .. } => {
@@ -139,6 +156,7 @@ impl ScoreError {
         match self {
             Self::Invalid { field, .. }
             | Self::NoTokenizer { field, .. }
+            | Self::Tokenize { field, .. }
             | Self::NotOnStream { field }
             | Self::Fingerprint { field, .. } => field,
             Self::UnknownPod { .. } => "pod",
@@ -156,6 +174,9 @@ impl ScoreError {
             }
             Self::NoTokenizer { field, model } => {
                 Self::NoTokenizer { field: format!("{parent}.{field}"), model }
+            }
+            Self::Tokenize { field, error } => {
+                Self::Tokenize { field: format!("{parent}.{field}"), error }
             }
             Self::Fingerprint { field, model, request, server } => {
                 Self::Fingerprint { field: format!("{parent}.{field}"), model, request, server }

@@ -23,6 +23,8 @@ use prometheus::{
 };
 use tonic::Code;
 
+use crate::support::tls::ReloadMetrics;
+
 pub use self::fleet::FleetCollector;
 
 /// A call takes some 20 µs for a short prompt and milliseconds for 100 000 tokens or a batch; what
@@ -32,6 +34,19 @@ const CALL_SECONDS: [f64; 13] =
 
 /// One prompt in the index: below a microsecond when nothing matches, some 10 ns a block otherwise.
 const LOOKUP_SECONDS: [f64; 10] = [5e-7, 1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 1e-4, 5e-4, 1e-3, 1e-2];
+
+/// What is counted of the gRPC listener's certificate.
+///
+/// # Errors
+///
+/// When the registry has it already.
+pub fn reload_metrics(registry: &Registry) -> prometheus::Result<ReloadMetrics> {
+    let help = "Changed certificate files: in use, or not usable.";
+    let opts = Opts::new("kv_certificate_reloads_total", help);
+    let reloads = add(registry, IntCounterVec::new(opts, &["outcome"])?)?;
+    let outcome = |name| reloads.with_label_values(&[name]);
+    Ok(ReloadMetrics { loaded: outcome("loaded"), failed: outcome("failed") })
+}
 
 /// The calls that score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,21 +3,26 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch};
+use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     index::{IndexConfig, dash::DashIndex},
     indexer::{
         IndexerConfig,
+        config::GrpcTls,
         metrics::{
             FleetCollector, ScoreMetrics,
             llmd::{self, IngestTotals, PodTotals},
+            reload_metrics,
         },
         pods::{FollowedFile, Pods},
         ready, server,
         service::{Parts, Service},
         speculation::Speculations,
+        tokenizers,
     },
     ingest::{Ingest, fleet::Fleet, metrics::IngestMetrics},
     model::RowId,
@@ -25,6 +30,7 @@ use crate::{
         admin::{self, Routes},
         metrics,
         task::{Stage, Supervisor},
+        tls::{self, Certificate},
     },
 };
 
@@ -73,6 +79,7 @@ pub async fn run(
 
     let registry = metrics::registry()?;
     metrics::build_info(&registry, "kv_build_info", env!("CARGO_PKG_VERSION"), &[])?;
+    let tokenizer = tokenizers::load(&config.tokenizers, &registry)?;
     let score_metrics = ScoreMetrics::register(&registry, config.llmd_metrics)?;
     let ingest_metrics = IngestMetrics::register(&registry)?;
     let collector = FleetCollector::new(
@@ -118,13 +125,14 @@ pub async fn run(
         registry: Arc::<Pods>::clone(&pods),
         speculations: Arc::clone(&speculations),
         metrics: score_metrics,
-        tokenizer: None,
+        tokenizer,
         stop: supervisor.stop(Stage::Serve),
     });
+    let secured = secured(&config, &registry, &mut supervisor)?;
     let drain = config.drain;
     let serving = ready.clone();
     supervisor.spawn(Stage::Serve, "grpc", move |stop| {
-        server::serve(grpc, service, serving, stop, drain)
+        server::serve(grpc, secured, service, serving, stop, drain)
     });
     // Not ready any more as soon as a shutdown is asked for, some time before it begins.
     let timeout = config.ready_timeout;
@@ -160,6 +168,21 @@ pub async fn run(
     });
     bound(addresses);
     supervisor.run(config.readiness_grace, config.drain).await
+}
+
+/// TLS of the gRPC listener, with a task that follows its certificate.
+fn secured(
+    config: &IndexerConfig,
+    registry: &Registry,
+    supervisor: &mut Supervisor,
+) -> anyhow::Result<Option<Arc<ServerConfig>>> {
+    let Some(GrpcTls { options, reload }) = &config.grpc_tls else { return Ok(None) };
+    let certificate = Certificate::new(options).context("grpcTls.certPath")?;
+    if *reload && options.cert_path.is_some() {
+        let (followed, counters) = (certificate.clone(), reload_metrics(registry)?);
+        supervisor.spawn(Stage::Serve, "certificate", move |stop| followed.follow(counters, stop));
+    }
+    Ok(Some(tls::server_config(options, certificate).context("grpcTls")?))
 }
 
 async fn listen(address: SocketAddr, field: &str) -> anyhow::Result<TcpListener> {

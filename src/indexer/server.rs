@@ -1,8 +1,9 @@
 //! The gRPC listener: services, health, reflection, limits, drain.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::watch};
+use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Server, server::TcpIncoming};
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -15,6 +16,10 @@ use crate::{
         llmd::indexer_service_server::{self, IndexerServiceServer},
     },
 };
+
+mod tls;
+
+use self::tls::TlsIncoming;
 
 /// The services that health answers for; the empty name is the server as a whole.
 const NAMES: [&str; 3] =
@@ -34,7 +39,7 @@ const STREAM_WINDOW: u32 = 1 << 20;
 /// it was cut off at requests of 20 bytes, with 16 MiB it is not.
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
-/// Serves both APIs on `listener` until `stop`, then ends streams and lets other calls in flight end
+/// Serves both APIs on `listener`, over TLS if `tls` is given, until `stop`, then ends streams and lets other calls in flight end
 /// for at most `drain`.
 ///
 /// Health is SERVING for all names while `ready` is true. Set it to false some time before `stop`,
@@ -45,6 +50,7 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 /// When the transport fails.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
     service: Service,
     ready: watch::Receiver<bool>,
     stop: CancellationToken,
@@ -80,7 +86,15 @@ pub async fn serve(
         stop.cancelled().await;
         service.close();
     };
-    let serving = router.serve_with_incoming_shutdown(incoming, closing);
+    let serving = async {
+        match tls {
+            None => router.serve_with_incoming_shutdown(incoming, closing).await,
+            Some(tls) => {
+                let incoming = TlsIncoming::new(incoming, tls);
+                router.serve_with_incoming_shutdown(incoming, closing).await
+            }
+        }
+    };
     let health = watch_health(reporter, ready, stop.clone());
     // Half of the drain, so that the stages behind this one have theirs.
     let late = async {

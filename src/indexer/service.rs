@@ -35,7 +35,6 @@ use crate::{
         metrics::{Rpc, ScoreMetrics},
         registry::{PodRegistry, RegistryError},
         speculation::Speculations,
-        tokenize::Tokenize,
     },
     ingest::fleet::Fleet,
     model::TierTable,
@@ -43,6 +42,7 @@ use crate::{
         kvindexer::{self as pb, kv_indexer_server::KvIndexer},
         llmd as llmd_pb,
     },
+    tokenize::Tokenize,
 };
 
 /// What the services work on.

@@ -21,12 +21,15 @@ fn load(path: &str) -> IndexerConfig {
 /// The sample with its examples in force, and without what an example replaces.
 fn full_sample() -> String {
     let is_replaced = |line: &str| {
+        let line = line.trim_start();
         [
             "models: []",
             "modelAliases: {}",
             "kvCacheBackendConfigs: []",
             "pods: []",
             "podsFile: null",
+            "aliases: {}",
+            "models: {}",
         ]
         .contains(&line)
     };
@@ -46,7 +49,9 @@ fn the_sample_lists_every_field_and_no_other() {
         panic!("{faults:#?}\n{text}");
     }
     let value: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
-    let listed = paths(&value, &|path| path == "modelAliases");
+    let listed = paths(&value, &|path| {
+        ["modelAliases", "tokenizers.models", "tokenizers.aliases"].contains(&path)
+    });
     // What llm-d has below `indexerConfig` is described once, at the top.
     let known: BTreeSet<String> = IndexerConfig::known_fields()
         .into_iter()

@@ -7,6 +7,8 @@ mod lifecycle;
 mod pods;
 mod score;
 mod stream;
+mod text;
+mod tls;
 
 use std::time::Duration;
 

@@ -7,9 +7,8 @@ use crate::{
     epp::{
         config::{METRICS_EXTRACTOR, METRICS_SOURCE},
         datalayer::scrape::MIN_INTERVAL,
-        server::tls::TlsVersion,
     },
-    support::fields::Fault,
+    support::{fields::Fault, tls::TlsVersion},
 };
 
 impl Args {

@@ -48,7 +48,7 @@ use super::{
     Endpoint, EndpointId, EndpointWatcher, Endpoints, Metrics,
     engines::{Engines, PageReader},
 };
-use crate::support::sync::lock;
+use crate::support::{sync::lock, tls::TlsError};
 
 mod client;
 mod pace;
@@ -58,7 +58,7 @@ use self::client::Client;
 pub use self::{
     client::PollError,
     pace::{Outcome, Pace},
-    tls::{TlsConfig, TlsError},
+    tls::TlsConfig,
 };
 
 /// Shortest legal [`ScrapeConfig::floor`] of a configuration, as in Go.

@@ -21,7 +21,6 @@ use super::{
     health::{Health, NAMES},
     null::Null,
     serve,
-    tls::{Certificate, TlsError, TlsOptions, TlsVersion, cipher_suites, server_config},
 };
 use crate::{
     epp::{ext_proc::headers::DESTINATION, metrics::EppMetrics},
@@ -36,6 +35,7 @@ use crate::{
             health_client::HealthClient,
         },
     },
+    support::tls::{Certificate, TlsError, TlsOptions, TlsVersion, cipher_suites, server_config},
 };
 
 mod client;
@@ -488,7 +488,7 @@ fn any_choice_of_versions_and_cipher_suites_can_be_served() {
     for min_version in [TlsVersion::Older, TlsVersion::Tls12, TlsVersion::Tls13] {
         for suites in ["", "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "TLS_AES_128_GCM_SHA256"] {
             let cipher_suites = cipher_suites(suites).unwrap().usable;
-            let options = TlsOptions { cert_path: None, min_version, cipher_suites };
+            let options = TlsOptions { min_version, cipher_suites, ..TlsOptions::default() };
             server_config(&options, Certificate::new(&options).unwrap()).unwrap();
         }
     }

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::IndexerConfig;
-use crate::{hash::Scheme, ingest::fleet::PodDeclaration, model::CountMode};
+use super::{GrpcTls, IndexerConfig};
+use crate::{
+    hash::Scheme, ingest::fleet::PodDeclaration, model::CountMode, support::tls::TlsVersion,
+};
 
 impl IndexerConfig {
     /// The document that gives this configuration, every default spelt out. Warnings are not in it.
@@ -27,6 +29,8 @@ impl IndexerConfig {
             weights.map(|(name, weight)| json!({"name": name, "weight": weight})).collect();
         json!({
             "grpcListen": self.grpc_listen.to_string(),
+            "grpcTls": self.grpc_tls.as_ref().map(tls_json),
+            "tokenizers": self.tokenizers_json(),
             "adminListen": self.admin_listen.to_string(),
             "log": {"format": self.log_format.as_str(), "level": self.log_level},
             "tokenProcessorConfig": scheme_json(&models.default),
@@ -81,6 +85,26 @@ impl IndexerConfig {
         })
     }
 
+    fn tokenizers_json(&self) -> Value {
+        let local = &self.tokenizers.local;
+        json!({
+            "models": local.models,
+            "modelsDir": local.models_dir,
+            "aliases": local.aliases,
+            "default": local.default,
+            "threads": local.pool.threads,
+            "queue": local.pool.queue,
+            "budgetMs": millis(local.pool.budget),
+            "cacheBytes": local.cache.bytes,
+            "render": self.tokenizers.render.as_ref().map(|render| json!({
+                "url": render.url,
+                "model": render.model,
+                "timeoutMs": millis(render.timeout),
+                "multimodalTimeoutMs": millis(render.multimodal_timeout),
+            })),
+        })
+    }
+
     fn api_json(&self) -> Value {
         let api = &self.api;
         json!({
@@ -95,6 +119,19 @@ impl IndexerConfig {
             "maxSpeculationTtlMs": millis(api.max_speculation_ttl),
         })
     }
+}
+
+fn tls_json(tls: &GrpcTls) -> Value {
+    json!({
+        "certPath": tls.options.cert_path,
+        "selfSigned": tls.options.cert_path.is_none(),
+        "reload": tls.reload,
+        "minVersion": match tls.options.min_version {
+            TlsVersion::Older | TlsVersion::Tls12 => "VersionTLS12",
+            TlsVersion::Tls13 => "VersionTLS13",
+        },
+        "clientCa": tls.options.client_ca,
+    })
 }
 
 fn scheme_json(scheme: &Scheme) -> Value {

@@ -37,6 +37,9 @@ fn the_effective_configuration_loads_again() {
          kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', queueBytes: 512MiB}\n\
          pods: [{id: a, endpoint: 'tcp://h:1', rank: 3, countMode: set, engine: sglang, \
          firstSequence: 1}]",
+        "grpcTls: {selfSigned: true, minVersion: VersionTLS13, clientCa: /ca, reload: false}\n\
+         tokenizers: {models: {m: /m, n: {dir: /n}}, modelsDir: /d, aliases: {x: m}, default: m, \
+         threads: 3, queue: 9, budgetMs: 50, cacheBytes: 1MiB, render: {url: 'http://h:1'}}",
         "indexerConfig: {}",
     ] {
         let json = good(text).to_json();
@@ -212,6 +215,39 @@ fn pods_are_read_and_checked() {
         "pods",
         "maxPods",
     );
+}
+
+#[test]
+fn tls_is_off_unless_there_is_a_certificate() {
+    assert_eq!(good("grpcTls: {reload: true, minVersion: VersionTLS13}").grpc_tls, None);
+    let tls = good("grpcTls: {certPath: /c, clientCa: /ca}").grpc_tls.unwrap();
+    assert_eq!(tls.options.cert_path, Some("/c".into()));
+    assert_eq!((tls.options.client_ca, tls.reload), (Some("/ca".into()), true));
+    let tls = good("grpcTls: {selfSigned: true, reload: false}").grpc_tls.unwrap();
+    assert_eq!((tls.options.cert_path, tls.reload), (None, false));
+    bad("grpcTls: {selfSigned: true, certPath: /c}", "grpcTls.selfSigned", "one of them");
+    bad("grpcTls: {clientCa: /ca}", "grpcTls.clientCa", "certPath");
+    bad("grpcTls: {minVersion: '1.2'}", "grpcTls.minVersion", "VersionTLS12");
+}
+
+#[test]
+fn tokenizers_have_directories_or_an_engine() {
+    assert!(!good("tokenizers: {threads: 2}").tokenizers.has_local());
+    let tokenizers =
+        good("tokenizers: {models: {a: /a, b: {dir: /b}}, aliases: {c: a}}").tokenizers;
+    let dirs: Vec<_> = tokenizers.local.models.values().map(|dir| dir.to_str().unwrap()).collect();
+    assert_eq!((dirs, tokenizers.render), (vec!["/a", "/b"], None));
+    let render =
+        good("tokenizers: {render: {url: 'http://h:8000', timeoutMs: 7}}").tokenizers.render;
+    let render = render.unwrap();
+    assert_eq!((render.url.as_str(), render.timeout.as_millis()), ("http://h:8000", 7));
+    bad("tokenizers: {models: {a: 1}}", "tokenizers.models", "model \"a\" needs its directory");
+    bad("tokenizers: {models: {a: {path: /a}}}", "tokenizers.models", "{dir: text}");
+    bad("tokenizers: {models: [/a]}", "tokenizers.models", "mapping");
+    bad("tokenizers: {aliases: {a: b}}", "tokenizers.aliases", "modelsDir");
+    bad("tokenizers: {default: a}", "tokenizers.default", "modelsDir");
+    bad("tokenizers: {render: {model: a}}", "tokenizers.render.url", "required");
+    bad("tokenizers: {queue: 0}", "tokenizers.queue", "1..=1048576");
 }
 
 #[test]

@@ -63,6 +63,7 @@ fn named(error: ScoreError) -> ScoreError {
     let field = "prompt".to_owned();
     match error {
         ScoreError::Invalid { why, .. } => ScoreError::Invalid { field, why },
+        ScoreError::Tokenize { error, .. } => ScoreError::Tokenize { field, error },
         ScoreError::NoTokenizer { model, .. } => ScoreError::NoTokenizer { field, model },
         other => other,
     }

@@ -2,17 +2,15 @@
 
 use std::{borrow::Cow, sync::Arc};
 
+use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::{
     hash::{MultimodalItem, Prompt, PromptError, Scheme},
-    indexer::{
-        ApiConfig, ScoreError,
-        error::echo,
-        tokenize::{Tokenize, TokenizeError},
-    },
+    indexer::{ApiConfig, ScoreError, error::echo},
     model::RequestKey,
     proto::kvindexer as pb,
+    tokenize::{self, Tokenize, TokenizeError, Tokenized},
 };
 
 /// Tokens hashed, or keys looked up times the block size, before other calls get a turn: some
@@ -58,6 +56,8 @@ pub(super) struct Prepared {
 #[derive(Debug)]
 pub(super) enum Input<'a> {
     Tokens(Cow<'a, [u32]>),
+    /// Of text, with the multimodal items that the tokenizer found.
+    Tokenized(Tokenized),
     Keys(&'a [u64]),
 }
 
@@ -138,28 +138,31 @@ impl Head {
         prompt: &pb::Prompt,
         input: &Input<'_>,
     ) -> Result<Vec<RequestKey>, ScoreError> {
-        match input {
-            Input::Keys(keys) => Ok(keys.iter().copied().map(RequestKey).collect()),
-            Input::Tokens(tokens) => {
-                let multimodal = items(prompt);
-                let prompt = Prompt {
-                    model: &self.model,
-                    lora,
-                    tokens,
-                    cache_salt: &prompt.cache_salt,
-                    multimodal: &multimodal,
-                };
-                prompt.keys(&self.scheme).map_err(|error| {
-                    let field = match error {
-                        PromptError::ItemOutOfRange { item, .. } => {
-                            format!("prompts[{at}].multimodal[{item}]")
-                        }
-                        PromptError::TooManyOverlaps { .. } => format!("prompts[{at}].multimodal"),
-                    };
-                    ScoreError::invalid(field, error.to_string())
-                })
-            }
-        }
+        let tokens = match input {
+            Input::Keys(keys) => return Ok(keys.iter().copied().map(RequestKey).collect()),
+            Input::Tokens(tokens) => &**tokens,
+            Input::Tokenized(tokenized) => &tokenized.ids,
+        };
+        let multimodal = input.items(prompt);
+        let sent = prompt.multimodal.len();
+        let prompt = Prompt {
+            model: &self.model,
+            lora,
+            tokens,
+            cache_salt: &prompt.cache_salt,
+            multimodal: &multimodal,
+        };
+        prompt.keys(&self.scheme).map_err(|error| {
+            let field = match error {
+                PromptError::ItemOutOfRange { item, .. } if item < sent => {
+                    format!("prompts[{at}].multimodal[{item}]")
+                }
+                // An item that the tokenizer found.
+                PromptError::ItemOutOfRange { .. } => format!("prompts[{at}]"),
+                PromptError::TooManyOverlaps { .. } => format!("prompts[{at}].multimodal"),
+            };
+            ScoreError::invalid(field, error.to_string())
+        })
     }
 }
 
@@ -206,9 +209,33 @@ impl Prepared {
 }
 
 impl Input<'_> {
+    /// Token ids, unless there are only keys.
+    pub(super) fn ids(&self) -> Option<&[u32]> {
+        match self {
+            Self::Tokens(tokens) => Some(tokens),
+            Self::Tokenized(tokenized) => Some(&tokenized.ids),
+            Self::Keys(_) => None,
+        }
+    }
+
+    /// The multimodal items that `prompt` has, then those that the tokenizer found.
+    pub(super) fn items(&self, prompt: &pb::Prompt) -> Vec<MultimodalItem> {
+        let item = |item: &pb::MultimodalItem| MultimodalItem {
+            hash: item.hash.clone(),
+            offset: item.offset,
+            length: item.length,
+        };
+        let mut items: Vec<_> = prompt.multimodal.iter().map(item).collect();
+        if let Self::Tokenized(tokenized) = self {
+            items.extend_from_slice(&tokenized.items);
+        }
+        items
+    }
+
     fn tokens(&self, block_size: u32) -> usize {
         match self {
             Self::Tokens(tokens) => tokens.len(),
+            Self::Tokenized(tokenized) => tokenized.ids.len(),
             Self::Keys(keys) => keys.len().saturating_mul(block_size as usize),
         }
     }
@@ -222,9 +249,13 @@ pub(super) async fn tokenized<'a>(
     prompt: &'a pb::Prompt,
     text: Text<'_>,
 ) -> Result<Input<'a>, ScoreError> {
-    let (name, body, chat) = match &prompt.input {
-        Some(pb::prompt::Input::Text(body)) => ("text", body, false),
-        Some(pb::prompt::Input::ChatJson(body)) => ("chat_json", body, true),
+    let (name, text_of) = match &prompt.input {
+        Some(pb::prompt::Input::Text(body)) => {
+            ("text", tokenize::Input::Text { text: body.as_str().into(), add_special_tokens: true })
+        }
+        Some(pb::prompt::Input::ChatJson(body)) => {
+            ("chat_json", tokenize::Input::Chat(Bytes::copy_from_slice(body.as_bytes())))
+        }
         _ => return input(config, head, at, prompt),
     };
     let field = format!("prompts[{at}].{name}");
@@ -232,30 +263,35 @@ pub(super) async fn tokenized<'a>(
         Text::Stream => return Err(ScoreError::NotOnStream { field }),
         Text::Allowed(tokenizer) => tokenizer,
     };
-    let tokens = tokenize(tokenizer, head, &field, body, chat).await?;
-    check_length(config, &field, tokens.len())?;
-    Ok(Input::Tokens(Cow::Owned(tokens)))
+    let found = match tokenizer {
+        Some(tokenizer) => tokenized_in_time(&**tokenizer, head, text_of).await,
+        None => Err(TokenizeError::NotConfigured),
+    };
+    let found = found.map_err(|error| {
+        let (field, model) = (field.clone(), echo(&head.model));
+        match error {
+            TokenizeError::NotConfigured => ScoreError::NoTokenizer { field, model },
+            TokenizeError::Invalid(why) => ScoreError::invalid(field, why),
+            error => ScoreError::Tokenize { field, error },
+        }
+    })?;
+    check_length(config, &field, found.ids.len())?;
+    Ok(Input::Tokenized(found))
 }
 
-/// Text → tokens; `field` names the text in errors.
-pub(super) async fn tokenize(
-    tokenizer: Option<&Arc<dyn Tokenize>>,
+/// Text → tokens, as long as the caller waits.
+async fn tokenized_in_time(
+    tokenizer: &dyn Tokenize,
     head: &Head,
-    field: &str,
-    body: &str,
-    chat: bool,
-) -> Result<Vec<u32>, ScoreError> {
-    let missing = || ScoreError::NoTokenizer { field: field.to_owned(), model: echo(&head.model) };
-    let tokenizer = tokenizer.ok_or_else(missing)?;
-    let tokens = if chat {
-        tokenizer.chat(&head.model, body).await
-    } else {
-        tokenizer.text(&head.model, body).await
-    };
-    tokens.map_err(|error| match error {
-        TokenizeError::NotConfigured => missing(),
-        TokenizeError::Invalid(why) => ScoreError::invalid(field, why),
-    })
+    text: tokenize::Input,
+) -> Result<Tokenized, TokenizeError> {
+    let tokenizing = tokenizer.tokenize(&head.model, text);
+    match head.deadline {
+        None => tokenizing.await,
+        Some(deadline) => {
+            tokio::time::timeout_at(deadline, tokenizing).await.unwrap_or(Err(TokenizeError::Late))
+        }
+    }
 }
 
 /// The tokens or keys of a prompt that has no text.
@@ -354,16 +390,6 @@ fn check_items(config: &ApiConfig, at: usize, prompt: &pb::Prompt) -> Result<(),
         }
     }
     Ok(())
-}
-
-/// The multimodal items of a prompt.
-pub(super) fn items(prompt: &pb::Prompt) -> Vec<MultimodalItem> {
-    let item = |item: &pb::MultimodalItem| MultimodalItem {
-        hash: item.hash.clone(),
-        offset: item.offset,
-        length: item.length,
-    };
-    prompt.multimodal.iter().map(item).collect()
 }
 
 /// Little-endian bytes as numbers, in place where the machine and the alignment allow it.

@@ -183,16 +183,22 @@ fn keep_best(rows: &mut Vec<Scored<'_>>, most: usize) {
 /// Parallel arrays. An unknown pod has no slot, so it is absent.
 fn compact(rows: &[Scored<'_>]) -> pb::CompactScores {
     let mut compact = pb::CompactScores::default();
-    let mut plain = true;
+    let (mut plain, mut sure) = (true, true);
     for (row, found) in rows.iter().filter_map(|scored| Some((scored.row?, scored.found))) {
-        let (depth, score) = found.map_or((0, 0.0), |found| (found.depth, found.score));
+        let (depth, score, confirmed) =
+            found.map_or((0, 0.0, 0), |found| (found.depth, found.score, found.confirmed));
         compact.slots.push(row.slot.0);
         compact.depths.push(depth);
         compact.scores.push(score as f32);
+        compact.confirmed.push(confirmed);
         plain &= score == f64::from(depth);
+        sure &= confirmed == depth;
     }
     if plain {
         compact.scores.clear();
+    }
+    if sure {
+        compact.confirmed.clear();
     }
     compact
 }

@@ -13,8 +13,8 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use kv_indexer::{
-    epp::datalayer::scrape::TlsConfig,
     proto::ext_proc::external_processor_client::ExternalProcessorClient,
+    support::tls::{ClientTls, client_config},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -37,8 +37,8 @@ pub(crate) struct Caller {
 pub(crate) async fn over_tls(
     to: SocketAddr,
 ) -> (ExternalProcessorClient<Caller>, CertificateDer<'static>) {
-    let mut config = TlsConfig::default().client_config().unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let any = ClientTls { insecure_skip_verify: true, ..ClientTls::default() };
+    let config = client_config(&any, &[b"h2", b"http/1.1"]).unwrap();
     let name = ServerName::try_from("localhost").unwrap();
     let stream = TcpStream::connect(to).await.unwrap();
     let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();

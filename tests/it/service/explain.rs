@@ -143,6 +143,44 @@ async fn it_says_which_name_would_match() {
     finds(&answer, "is not that of this server");
 }
 
+/// The causes of what is found about `pod`.
+async fn causes(world: &World, pod: &str) -> Vec<String> {
+    let answer = explain(world, pod, request(vec![prompt(&tokens(2))])).await;
+    assert_eq!(answer.causes.len(), answer.findings.len(), "{answer:?}");
+    answer.causes
+}
+
+#[tokio::test]
+async fn causes_name_the_engine_settings_that_break_routing() {
+    let world = World::start().await;
+    let quiet = world.row_of("quiet", None, "mistral");
+    quiet.update(|status| (status.state, status.messages) = (PodState::Live, 0));
+    let row = world.row("a", None);
+    assert_eq!(causes(&world, "a").await, ["cleared", "missing", "salt"]);
+    world.index.usage_of(row.slot, |usage| usage.blocks = 1);
+    assert_eq!(causes(&world, "a").await, ["missing", "salt"]);
+    world.index.hold(row.slot, &keys(&tokens(2)), 0);
+    assert_eq!(causes(&world, "a").await, ["held"]);
+
+    row.update(|status| (status.state, status.gaps) = (PodState::Degraded, 1));
+    assert_eq!(causes(&world, "a").await, ["degraded", "no_replay", "held"]);
+    row.update(|status| status.replays = 1);
+    assert_eq!(causes(&world, "a").await, ["degraded", "held"]);
+    row.update(|status| (status.state, status.replays) = (PodState::Partial, 0));
+    assert_eq!(causes(&world, "a").await, ["partial", "no_replay", "held"]);
+
+    // The model is in use elsewhere, and this pod is connected and says nothing.
+    let id = kv_indexer::model::RowId { pod: "mute".into(), rank: None };
+    let scheme = super::fake::scheme();
+    let mute =
+        world.fleet.add(id, "tcp://mute:1", &scheme, &MODEL.into(), Default::default()).unwrap();
+    assert!(!causes(&world, "mute").await.contains(&"events_off".to_owned()));
+    mute.update(|status| status.connected = true);
+    assert_eq!(causes(&world, "mute").await, ["no_events", "events_off", "missing", "salt"]);
+    assert!(causes(&world, "quiet").await.contains(&"model_name".to_owned()));
+    assert_eq!(causes(&world, "nobody").await, ["not_registered"]);
+}
+
 #[tokio::test]
 async fn unknown_pods_and_illegal_requests() {
     let world = World::start().await;

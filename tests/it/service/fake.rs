@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    net::SocketAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use kv_indexer::{
-    hash::{Algorithm, Scheme},
+    hash::{Algorithm, MultimodalItem, Scheme},
     index::{BlockIndex, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome},
     indexer::{
         ApiConfig,
@@ -19,7 +20,6 @@ use kv_indexer::{
         server::serve,
         service::{Parts, Service},
         speculation::Speculations,
-        tokenize::{Tokenize, TokenizeError},
     },
     ingest::fleet::{Fleet, PodDeclaration, Row},
     model::{CountMode, PodSlot, PodState, RequestKey, RowId, TierId, TierTable},
@@ -27,6 +27,8 @@ use kv_indexer::{
         kvindexer::{self as pb, kv_indexer_client::KvIndexerClient},
         llmd::indexer_service_client::IndexerServiceClient,
     },
+    support::tls::{Certificate, TlsOptions, server_config},
+    tokenize::{Input, Tokenize, TokenizeError, Tokenized},
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -236,15 +238,30 @@ pub(crate) struct WordLengths;
 
 #[tonic::async_trait]
 impl Tokenize for WordLengths {
-    async fn text(&self, model: &str, text: &str) -> Result<Vec<u32>, TokenizeError> {
+    async fn tokenize(&self, model: &str, input: Input) -> Result<Tokenized, TokenizeError> {
         if model != MODEL {
             return Err(TokenizeError::NotConfigured);
         }
-        Ok(text.split_whitespace().map(|word| word.len() as u32).collect())
-    }
-
-    async fn chat(&self, _: &str, _: &str) -> Result<Vec<u32>, TokenizeError> {
-        Err(TokenizeError::Invalid("no messages".to_owned()))
+        let Input::Text { text, .. } = input else {
+            return Err(TokenizeError::Invalid("no messages".to_owned()));
+        };
+        match &*text {
+            "busy" => return Err(TokenizeError::Busy),
+            "late" => return Err(TokenizeError::Late),
+            "template" => return Err(TokenizeError::NoChatTemplate),
+            "picture" => return Err(TokenizeError::Multimodal),
+            "gone" => return Err(TokenizeError::Unavailable("no answer".to_owned())),
+            "forever" => std::future::pending().await,
+            _ => {}
+        }
+        let ids = text.split_whitespace().map(|word| word.len() as u32);
+        // `image` is one.
+        let items = text
+            .split_whitespace()
+            .zip(0..)
+            .filter(|(word, _)| *word == "image")
+            .map(|(_, offset)| MultimodalItem { hash: "pixels".to_owned(), offset, length: 1 });
+        Ok(Tokenized { ids: ids.collect(), items: items.collect() })
     }
 }
 
@@ -328,7 +345,7 @@ impl World {
         tasks.spawn(async move { speculations.run(expiry).await });
         let mut server = JoinSet::new();
         let drain = Duration::from_secs(2);
-        server.spawn(serve(listener, service.clone(), readiness, stop.clone(), drain));
+        server.spawn(serve(listener, None, service.clone(), readiness, stop.clone(), drain));
         // A stream's window is HTTP/2's default, so that little hides between client and server;
         // the connection's must be larger, or h2 takes many small unread answers for an attack.
         let channel = Channel::from_shared(format!("http://{address}"))
@@ -350,6 +367,21 @@ impl World {
             tasks,
             server,
         }
+    }
+
+    /// Serves the same over TLS, on another port.
+    pub(crate) async fn listen_tls(
+        &mut self,
+        options: &TlsOptions,
+        certificate: Certificate,
+    ) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let tls = Some(server_config(options, certificate).unwrap());
+        let (service, ready) = (self.service.clone(), self.ready.subscribe());
+        let drain = Duration::from_secs(2);
+        self.server.spawn(serve(listener, tls, service, ready, self.stop.clone(), drain));
+        address
     }
 
     /// Stops the server and says how it ended.

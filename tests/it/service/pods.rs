@@ -31,6 +31,7 @@ async fn list_pods_shows_rows_and_hash_settings() {
     row.applied(2, 9, 1);
     let answer = world.client().list_pods(pb::ListPodsRequest {}).await.unwrap().into_inner();
     assert_eq!(answer.slot_table_version, world.fleet.table().version);
+    assert_eq!(answer.aliases, [("llama-alias".to_owned(), MODEL.to_owned())].into());
     let [status] = answer.pods.as_slice() else { panic!("{answer:?}") };
     let want = pb::PodStatus {
         pod: "a".into(),

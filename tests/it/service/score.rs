@@ -169,6 +169,25 @@ async fn details_differ_in_what_they_carry() {
 }
 
 #[tokio::test]
+async fn compact_scores_tell_what_is_confirmed() {
+    let world = World::start().await;
+    let (a, b) = (world.row("a", None), world.row("b", None));
+    let blocks = keys(&tokens(4));
+    world.index.hold(a.slot, &blocks[..2], 0);
+    let ask = pb::ScoreRequest {
+        detail: pb::ScoreDetail::Compact.into(),
+        pods: vec!["a".into(), "b".into()],
+        ..request(vec![prompt(&tokens(4))])
+    };
+    let compact = score(&world, ask.clone()).await.prompts.remove(0).compact.unwrap();
+    assert_eq!((compact.depths, compact.confirmed), (vec![2, 0], vec![]), "equal to depths");
+    world.fleet.index().speculate(a.slot, &blocks[2..3], 1);
+    world.fleet.index().speculate(b.slot, &blocks[..1], 1);
+    let compact = score(&world, ask).await.prompts.remove(0).compact.unwrap();
+    assert_eq!((compact.depths, compact.confirmed), (vec![3, 1], vec![2, 0]));
+}
+
+#[tokio::test]
 async fn every_state_has_its_name() {
     let world = World::start().await;
     let row = world.row("a", None);

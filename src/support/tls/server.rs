@@ -1,28 +1,30 @@
-//! Certificates and TLS parameters of the gRPC listener.
+//! Certificates and TLS parameters of a gRPC listener.
 //!
 //! Without files the certificate is made in memory at start (name `localhost`), as the Go EPP does:
 //! it encrypts and proves nothing. With files, a [`Certificate`] can follow their changes; a pair that
 //! cannot be used leaves the old one in place.
 
-use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use prometheus::IntCounter;
 use tokio_rustls::rustls::{
-    self, CipherSuite, ServerConfig, SupportedProtocolVersion,
+    CipherSuite, ServerConfig, SupportedProtocolVersion,
     crypto::{CryptoProvider, ring},
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject as _},
-    server::{ClientHello, ResolvesServerCert},
+    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
+    server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier},
     sign::CertifiedKey,
     version::{TLS12, TLS13},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-mod names;
-
-pub use self::names::{CipherSuites, TlsVersion, cipher_suites, version};
+use super::{TlsError, TlsVersion, certificates, private_key, read, roots};
 
 /// How often the files are looked at.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
@@ -36,41 +38,9 @@ pub struct TlsOptions {
     pub min_version: TlsVersion,
     /// Cipher suites of TLS 1.2; those of 1.3 cannot be chosen. Empty: all.
     pub cipher_suites: Vec<CipherSuite>,
-}
-
-/// Why TLS cannot be set up.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TlsError {
-    /// A file cannot be read.
-    #[error("reading {path}")]
-    Read {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A file has no certificate, or no key.
-    #[error("{path} holds no {what}")]
-    Pem {
-        /// Which file.
-        path: PathBuf,
-        /// What was looked for.
-        what: &'static str,
-    },
-    /// Certificate and key do not belong together, or are of a kind that is not supported.
-    #[error("the certificate in {path} cannot be used")]
-    Pair {
-        /// Their directory.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: rustls::Error,
-    },
-    /// The chosen parameters leave nothing to agree on, or no certificate could be made.
-    #[error("setting up TLS: {0}")]
-    Setup(String),
+    /// Clients must show a certificate that one of these, PEM, has signed. `None`: they are not asked.
+    /// Read once.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// The certificate that connections get. Clones share it.
@@ -177,23 +147,13 @@ pub struct ReloadMetrics {
 }
 
 impl Pair {
-    fn read(directory: &std::path::Path) -> Result<Self, TlsError> {
-        let read = |name: &str| {
-            let path = directory.join(name);
-            fs::read(&path).map_err(|source| TlsError::Read { path, source })
-        };
-        Ok(Self { chain: read("tls.crt")?, key: read("tls.key")? })
+    fn read(directory: &Path) -> Result<Self, TlsError> {
+        Ok(Self { chain: read(directory.join("tls.crt"))?, key: read(directory.join("tls.key"))? })
     }
 
-    fn parse(&self, directory: &std::path::Path) -> Result<CertifiedKey, TlsError> {
-        let pem = |name: &str, what| TlsError::Pem { path: directory.join(name), what };
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&self.chain)
-            .collect::<Result<_, _>>()
-            .ok()
-            .filter(|chain: &Vec<_>| !chain.is_empty())
-            .ok_or_else(|| pem("tls.crt", "certificate"))?;
-        let key =
-            PrivateKeyDer::from_pem_slice(&self.key).map_err(|_| pem("tls.key", "private key"))?;
+    fn parse(&self, directory: &Path) -> Result<CertifiedKey, TlsError> {
+        let chain = certificates(&self.chain, || directory.join("tls.crt"))?;
+        let key = private_key(&self.key, || directory.join("tls.key"))?;
         CertifiedKey::from_der(chain, key, &ring::default_provider())
             .map_err(|source| TlsError::Pair { path: directory.to_owned(), source })
     }
@@ -208,27 +168,34 @@ fn self_signed() -> Result<CertifiedKey, TlsError> {
         params.distinguished_name = name;
         Ok((params.self_signed(&key)?, key))
     };
-    let (certificate, key) = made().map_err(|error| TlsError::Setup(error.to_string()))?;
+    let (certificate, key) = made().map_err(|error| TlsError::setup(&error))?;
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
     CertifiedKey::from_der(vec![certificate.der().clone()], key, &ring::default_provider())
-        .map_err(|error| TlsError::Setup(error.to_string()))
+        .map_err(|error| TlsError::setup(&error))
 }
 
 /// The TLS side of a listener that speaks HTTP/2 only.
 ///
 /// # Errors
 ///
-/// When version and cipher suites leave nothing to agree on.
+/// When version and cipher suites leave nothing to agree on, or the clients' CA cannot be used.
 pub fn server_config(
     options: &TlsOptions,
     certificate: Certificate,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let provider = provider(&options.cipher_suites);
-    let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
+    let provider = Arc::new(provider(&options.cipher_suites));
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(versions(options.min_version))
-        .map_err(|error| TlsError::Setup(error.to_string()))?
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(certificate));
+        .map_err(|error| TlsError::setup(&error))?;
+    let builder = match &options.client_ca {
+        None => builder.with_no_client_auth(),
+        Some(path) => {
+            let roots = Arc::new(roots(path)?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
+            builder.with_client_cert_verifier(verifier.map_err(|error| TlsError::setup(&error))?)
+        }
+    };
+    let mut config = builder.with_cert_resolver(Arc::new(certificate));
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Arc::new(config))
 }
