@@ -30,6 +30,7 @@ impl Inner {
             hash: Some(hash_info(&models.default)),
             models: listed,
             slot_table_version: table.version,
+            ..pb::ListPodsResponse::default()
         }
     }
 
