@@ -97,11 +97,12 @@ pub fn connect(
     registry: &Registry,
 ) -> anyhow::Result<(Arc<dyn PrefixIndex>, Task)> {
     let RemoteConfig { address, deadline, tls, failures, half_open } = config;
+    let target = Target::new(&address, tls.as_ref())?;
     let shared = Arc::new(Shared {
-        target: Target::new(&address, tls.as_ref())?,
         deadline,
         endpoints: Arc::clone(endpoints),
-        metrics: RemoteMetrics::register(registry)?,
+        metrics: RemoteMetrics::register(registry, &target.to_string())?,
+        target,
         breaker: Breaker::new(failures, half_open),
         rows: ArcSwapOption::empty(),
         joined: ArcSwapOption::empty(),

@@ -252,11 +252,14 @@ impl Picker {
         });
     }
 
-    /// The sum of a metric's values, over labels.
+    /// The sum of a metric's values, over labels; of those with a label, if it is named.
     pub(crate) fn metric(&self, name: &str) -> f64 {
+        let (name, label) = name.split_once('{').unwrap_or((name, ""));
+        let label = label.trim_end_matches('}');
         let text =
             prometheus::TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap();
-        let lines = text.lines().filter(|line| line.starts_with(name));
+        let lines = text.lines().filter_map(|line| line.strip_prefix(name));
+        let lines = lines.filter(|line| line.starts_with('{') && line.contains(label));
         lines.filter_map(|line| line.split(' ').next_back()?.parse::<f64>().ok()).sum()
     }
 

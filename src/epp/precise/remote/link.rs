@@ -129,6 +129,11 @@ impl Pending {
         true
     }
 
+    /// Nobody will get an answer any more.
+    pub(super) fn clear(&self) {
+        lock(&self.0).clear();
+    }
+
     /// When the oldest question without an answer was asked.
     pub(super) fn oldest(&self) -> Option<Instant> {
         lock(&self.0).values().map(|waiting| waiting.asked).min()

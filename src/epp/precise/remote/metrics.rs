@@ -42,16 +42,18 @@ pub(super) struct RemoteMetrics {
 }
 
 impl RemoteMetrics {
-    pub(super) fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let counter = |name, help| family(registry, IntCounter::new(name, help)?);
-        let gauge = |name, help| family(registry, IntGauge::new(name, help)?);
-        let counters = |name, help, label| {
-            family(registry, IntCounterVec::new(Opts::new(name, help), &[label])?)
-        };
+    /// The metrics of the service at this address.
+    pub(super) fn register(registry: &Registry, indexer: &str) -> prometheus::Result<Self> {
+        let opts = |name, help| Opts::new(name, help).const_label("indexer", indexer);
+        let counter = |name, help| family(registry, IntCounter::with_opts(opts(name, help))?);
+        let gauge = |name, help| family(registry, IntGauge::with_opts(opts(name, help))?);
+        let counters =
+            |name, help, label| family(registry, IntCounterVec::new(opts(name, help), &[label])?);
         let calls = HistogramOpts::new(
             "epp_indexer_call_seconds",
             "Time from a question to the indexer to its answer, or to the end of patience.",
-        );
+        )
+        .const_label("indexer", indexer);
         let speculated = counters(
             "epp_indexer_speculations_total",
             "Speculative entries, extensions and withdrawals, by result.",

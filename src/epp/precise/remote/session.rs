@@ -151,14 +151,18 @@ async fn session(shared: &Shared) -> End {
     let _up = shared.metrics.connected();
     tracing::info!(indexer = %shared.target, "Connected to the indexer.");
     let ledger = Ledger::new(Arc::clone(&link.open));
-    tokio::select! {
+    let pending = ends.pending;
+    let end = tokio::select! {
         // Said by who found it.
         () = link.broken.cancelled() => End::Lost("an answer was nonsense".to_owned()),
-        end = take_answers(shared, &ends.pending, answers) => end,
+        end = take_answers(shared, &pending, answers) => end,
         end = follow_rows(shared, &client, changes) => end,
         end = speculate(shared, &client, ledger, ends.commands) => end,
-        () = stuck(&ends.pending) => End::Lost(format!("no answer within {STUCK:?}")),
-    }
+        () = stuck(&pending) => End::Lost(format!("no answer within {STUCK:?}")),
+    };
+    // The transport may keep its part of the stream for some time.
+    pending.clear();
+    end
 }
 
 /// Reads the rows.
