@@ -50,7 +50,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    fn new(status: pb::PodStatus) -> Self {
+    fn new(status: &pb::PodStatus) -> Self {
         let row = Self {
             pod: status.pod.as_str().into(),
             rank: status.dp_rank,
@@ -59,7 +59,7 @@ impl Row {
             blocks: AtomicU64::default(),
             state: AtomicU8::default(),
         };
-        row.set(&status);
+        row.set(status);
         row
     }
 
@@ -124,7 +124,7 @@ impl Rows {
             .into_iter()
             .map(|listed| (listed.model, settings(listed.hash.as_ref())))
             .collect();
-        let rows: Vec<Row> = answer.pods.into_iter().map(Row::new).collect();
+        let rows: Vec<Row> = answer.pods.iter().map(Row::new).collect();
         let (mut by_slot, mut models) = (Vec::new(), HashMap::new());
         for (at, row) in (0_u32..).zip(&rows) {
             if row.slot >= MAX_SLOTS {
@@ -291,7 +291,7 @@ impl Joined {
                 (Arc::clone(&first.pod), if all { None } else { first.rank })
             });
         }
-        Self { rows, endpoints: Arc::clone(&endpoints), owned }
+        Self { rows, endpoints, owned }
     }
 
     /// The rows of an endpoint; none if nobody indexes it.
