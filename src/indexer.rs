@@ -11,7 +11,6 @@ pub mod registry;
 mod run;
 pub mod server;
 pub mod service;
-pub mod speculation;
 pub mod tokenize;
 
 pub use self::{
@@ -20,3 +19,4 @@ pub use self::{
     error::ScoreError,
     run::{Addresses, run},
 };
+pub use crate::ingest::speculation;
