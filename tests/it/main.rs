@@ -16,6 +16,7 @@ mod epp;
 mod epp_config;
 mod fuzz_corpora;
 mod ingest;
+mod precise_embedded;
 mod replay_tool;
 mod service;
 mod streams;
