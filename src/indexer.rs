@@ -12,7 +12,6 @@ pub mod registry;
 mod run;
 pub mod server;
 pub mod service;
-pub mod speculation;
 mod tokenizers;
 
 pub use self::{
@@ -21,3 +20,4 @@ pub use self::{
     error::ScoreError,
     run::{Addresses, run},
 };
+pub use crate::ingest::speculation;

@@ -26,6 +26,7 @@ mod line;
 pub mod metrics;
 mod publisher;
 pub mod sequencer;
+pub mod speculation;
 mod subscriber;
 
 use std::{

@@ -3,7 +3,7 @@
 use prost::Message;
 use tonic::{Code, Status};
 
-use crate::{indexer::registry::RegistryError, tokenize::TokenizeError};
+use crate::{indexer::registry::RegistryError, ingest::speculation::TooMany, tokenize::TokenizeError};
 
 /// Longest piece of a caller's text that a message repeats, in bytes. Statuses travel in HTTP/2
 /// headers, which clients bound (8 KiB is common).
@@ -95,13 +95,8 @@ pub enum ScoreError {
         handle: u64,
     },
     /// The cap of speculative entries is reached.
-    #[error("{what} of speculative entries are at the limit of {limit}")]
-    TooManySpeculations {
-        /// `calls` or `blocks`.
-        what: &'static str,
-        /// The limit.
-        limit: usize,
-    },
+    #[error(transparent)]
+    TooManySpeculations(#[from] TooMany),
     /// The registry refused a declaration.
     #[error(transparent)]
     Registry(#[from] RegistryError),

@@ -11,7 +11,6 @@
 //! `llm_d_epp_kv_cache_index_*`, so that its dashboards keep working. Those of ingest come with
 //! [`llmd::register`].
 
-mod fleet;
 pub mod llmd;
 
 use std::{sync::Arc, time::Duration};
@@ -23,9 +22,8 @@ use prometheus::{
 };
 use tonic::Code;
 
+pub use crate::ingest::metrics::FleetCollector;
 use crate::support::tls::ReloadMetrics;
-
-pub use self::fleet::FleetCollector;
 
 /// A call takes some 20 µs for a short prompt and milliseconds for 100 000 tokens or a batch; what
 /// takes longer is a tokenizer or a stall. Prometheus' default buckets start at 5 ms.

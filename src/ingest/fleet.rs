@@ -2,6 +2,13 @@
 //!
 //! Written by ingest, read by the API. A reader takes one snapshot ([`Fleet::table`]) and works on
 //! it: slots in it are the ones that the index answers with.
+//!
+//! # Which pod a slot names
+//!
+//! The index answers with slots, and a slot gets a new owner after its pod has gone. A lookup
+//! therefore stands between two reads of the row table ([`Fleet::look_up`]): a match counts only if
+//! both name the same row. A pod that is removed meanwhile is absent; one that takes its slot is not
+//! credited.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,8 +23,8 @@ use tokio::sync::watch;
 
 use crate::{
     hash::Scheme,
-    index::{BlockIndex, PodSpec},
-    model::{CountMode, PodSlot, PodState, RowId},
+    index::{BlockIndex, Match, PodSpec},
+    model::{CountMode, PodSlot, PodState, RequestKey, RowId},
     support::{clock::unix_ns, sync::lock},
 };
 
@@ -167,6 +174,13 @@ impl Row {
         lock(&self.status).clone()
     }
 
+    /// State and stale overlay, without a copy of the rest.
+    #[must_use]
+    pub fn trust(&self) -> (PodState, bool) {
+        let status = lock(&self.status);
+        (status.state, status.stale)
+    }
+
     /// Changes the status in place.
     pub fn update(&self, change: impl FnOnce(&mut RowStatus)) {
         change(&mut lock(&self.status));
@@ -299,6 +313,29 @@ impl Fleet {
     #[must_use]
     pub fn table(&self) -> Arc<Table> {
         self.table.load_full()
+    }
+
+    /// The rows of `model` in `table` that hold a prefix of `keys`, in slot order. `found` is
+    /// overwritten and can be reused.
+    pub fn look_up(
+        &self,
+        table: &Table,
+        model: &str,
+        keys: &[RequestKey],
+        tiers: bool,
+        found: &mut Vec<Match>,
+    ) {
+        self.index.lookup(keys, tiers, found);
+        let after = self.table.load();
+        found.retain(|found| {
+            // The model is part of xxh3 keys. llm-d's algorithms let an adapter's name replace it,
+            // and then pods of another base model hold equal keys.
+            table.slot(found.slot).is_some_and(|row| {
+                *row.model == *model
+                    && (after.version == table.version
+                        || after.slot(found.slot).is_some_and(|now| Arc::ptr_eq(row, now)))
+            })
+        });
     }
 
     /// Wakes at every registration, removal and state change.

@@ -1,7 +1,10 @@
 //! What the ingest path counts. Per-pod numbers live in the rows and vanish with them.
 
+mod fleet;
+
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
+pub use self::fleet::FleetCollector;
 use crate::ingest::{fleet::Row, sequencer::Counter};
 use crate::support::metrics::add;
 

@@ -17,6 +17,7 @@ mod epp_config;
 mod fuzz_corpora;
 mod ingest;
 mod precise_remote;
+mod precise_embedded;
 mod replay_tool;
 mod service;
 mod streams;

@@ -1,14 +1,64 @@
 //! An index in this process as a [`PrefixIndex`]: subscriptions follow the endpoints, one per pod and
 //! rank.
+//!
+//! # Model
+//!
+//! A publisher is declared for each life of an endpoint, under the endpoint's `ip:port`, whatever pod its
+//! topic names. Its ports are the configured ones plus the endpoint's rank, the `N` of a name that
+//! ends in `-rank-N`. Engines that connect to a bound socket are known by what their topics say, and
+//! their rows are matched to endpoints as [`precise`](super) says.
+//!
+//! # Concurrency
+//!
+//! Questions are answered on the thread that asks. Which rows are an endpoint's is worked out anew
+//! when rows or endpoints have changed, by whoever asks next. Declaring a publisher blocks for a few
+//! system calls; it is done on a blocking thread, which compares what there is with what there should be.
+//! So no queue of changes can grow.
+//!
+//! # Failure
+//!
+//! A publisher that cannot be had is logged, and tried again each second.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use prometheus::Registry;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    epp::{datalayer::Endpoints, precise::PrefixIndex, scheduling::Task},
+    epp::{
+        datalayer::{Endpoint, EndpointId, EndpointWatcher, Endpoints},
+        precise::{
+            Addressing, EndpointMatch, IndexError, PrefixIndex, Query, RowState, SpeculationId,
+        },
+        scheduling::{BoxFuture, Task},
+    },
     hash::Models,
+    index::{IndexConfig, Match, dash::DashIndex},
+    ingest::{
+        Ingest, IngestConfig,
+        fleet::{Fleet, PodDeclaration, Row, Table},
+        metrics::{FleetCollector, IngestMetrics},
+        speculation::Speculations,
+    },
+    model::TierTable,
 };
+
+/// Speculative entries at most.
+const MAX_SPECULATIONS: usize = 65_536;
+/// How often it is looked whether the threads of ingest still run, and refused publishers are tried
+/// again.
+const CHECK: Duration = Duration::from_secs(1);
+/// How long what has been received is still applied at the end.
+const DRAIN: Duration = Duration::from_secs(5);
+/// What precedes the rank in the name of an endpoint.
+const RANK_SUFFIX: &str = "-rank-";
 
 /// What is indexed, and how.
 #[derive(Clone, Debug)]
@@ -45,9 +95,417 @@ pub struct EmbeddedConfig {
 ///
 /// When a thread or socket cannot be made, or metrics cannot be registered.
 pub fn start(
-    _config: EmbeddedConfig,
-    _endpoints: &Arc<Endpoints>,
-    _registry: &Registry,
+    config: EmbeddedConfig,
+    endpoints: &Arc<Endpoints>,
+    registry: &Registry,
 ) -> anyhow::Result<(Arc<dyn PrefixIndex>, Task)> {
-    anyhow::bail!("not built")
+    let mut ingest_config = IngestConfig {
+        bind: config.bind.clone(),
+        topic_filter: config.topic_filter.clone(),
+        allow_unconfigured_pods: config.bind.is_some(),
+        ..IngestConfig::default()
+    };
+    if config.lanes > 0 {
+        ingest_config.lanes = config.lanes;
+    }
+    let tiers = Arc::new(TierTable::new(&config.tiers, config.unlisted_weight));
+    let index = Arc::new(DashIndex::new(IndexConfig {
+        tiers: Arc::clone(&tiers),
+        speculative_weight: config.speculative_weight,
+        cap_bytes: config.cap_bytes,
+        orphan_blocks: ingest_config.orphan_blocks,
+        max_pods: ingest_config.max_pods,
+    }));
+    let fleet = Arc::new(Fleet::new(index));
+    let speculations = Arc::new(Speculations::new(Arc::clone(fleet.index()), MAX_SPECULATIONS));
+    let metrics = IngestMetrics::register(registry)?;
+    let (of_rows, live) = (Arc::clone(&fleet), Arc::clone(&speculations));
+    let collector = FleetCollector::new(of_rows, Arc::clone(&tiers), Some(live))?;
+    registry.register(Box::new(collector))?;
+    let models = config.models.clone();
+    let ingest = Ingest::start(ingest_config, models, tiers, Arc::clone(&fleet), metrics)
+        .context("the embedded index cannot be fed")?;
+    let follower = Follower {
+        ingest: Arc::new(ingest),
+        endpoints: Arc::clone(endpoints),
+        wake: Arc::default(),
+        config: config.clone(),
+    };
+    let embedded = Arc::new(Embedded {
+        models: config.models,
+        binds: config.bind.is_some(),
+        fleet,
+        endpoints: Arc::clone(endpoints),
+        speculations: Arc::clone(&speculations),
+        matching: ArcSwap::from_pointee(Matching::default()),
+    });
+    let task: Task = Box::new(move |stop| Box::pin(follower.run(speculations, stop)));
+    Ok((embedded, task))
+}
+
+/// Keeps subscriptions as the endpoints are.
+#[derive(Debug)]
+struct Follower {
+    ingest: Arc<Ingest>,
+    endpoints: Arc<Endpoints>,
+    wake: Arc<Wake>,
+    config: EmbeddedConfig,
+}
+
+/// Says that endpoints have changed.
+#[derive(Debug, Default)]
+struct Wake(Notify);
+
+impl EndpointWatcher for Wake {
+    fn added(&self, _: &Arc<Endpoint>) {
+        self.0.notify_one();
+    }
+
+    fn removed(&self, _: &Arc<Endpoint>) {
+        self.0.notify_one();
+    }
+}
+
+/// Pods declared, and whose lives they are.
+type Declared = HashMap<String, EndpointId>;
+
+impl Follower {
+    async fn run(
+        self,
+        speculations: Arc<Speculations>,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        if self.config.discover_pods {
+            self.endpoints.watch(Arc::<Wake>::clone(&self.wake));
+        }
+        let (followed, expired) = tokio::join!(self.follow(&stop), speculations.run(stop.clone()));
+        let ingest = self.ingest;
+        let stopped = tokio::task::spawn_blocking(move || ingest.stop(DRAIN)).await?;
+        followed.and(expired).and(stopped)
+    }
+
+    async fn follow(&self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let mut declared = Declared::new();
+        loop {
+            self.ingest.check()?;
+            if self.config.discover_pods {
+                let list = self.endpoints.list();
+                let (ingest, config) = (Arc::clone(&self.ingest), self.config.clone());
+                let reconcile = move || reconcile(&ingest, &config, &list, declared);
+                declared = tokio::task::spawn_blocking(reconcile).await?;
+            }
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                () = self.wake.0.notified() => {}
+                () = tokio::time::sleep(CHECK) => {}
+            }
+        }
+    }
+}
+
+/// Ends the publishers of lives that are over, and declares those of new ones.
+fn reconcile(
+    ingest: &Ingest,
+    config: &EmbeddedConfig,
+    list: &[Arc<Endpoint>],
+    declared: Declared,
+) -> Declared {
+    let wanted: HashMap<&str, &Arc<Endpoint>> =
+        list.iter().map(|endpoint| (endpoint.address(), endpoint)).collect();
+    let mut now = Declared::with_capacity(wanted.len());
+    for (pod, life) in declared {
+        if wanted.get(pod.as_str()).is_some_and(|endpoint| endpoint.id() == life) {
+            now.insert(pod, life);
+        } else {
+            ingest.remove(&pod, None);
+        }
+    }
+    for (pod, endpoint) in wanted {
+        if now.contains_key(pod) {
+            continue;
+        }
+        let name = &endpoint.info().name;
+        let Some(declaration) = declaration(config, endpoint) else {
+            tracing::warn!(endpoint = %name, "There is no port for the events of its rank.");
+            now.insert(pod.to_owned(), endpoint.id());
+            continue;
+        };
+        match ingest.add(declaration) {
+            Ok(()) => _ = now.insert(pod.to_owned(), endpoint.id()),
+            Err(error) => tracing::warn!(endpoint = %name, %error, "Not subscribed yet."),
+        }
+    }
+    now
+}
+
+/// The publisher of an endpoint; `None` if its ports would be beyond the last one.
+fn declaration(config: &EmbeddedConfig, endpoint: &Endpoint) -> Option<PodDeclaration> {
+    let name = &endpoint.info().name.name;
+    let rank = split_rank(name).map_or(0, |(_, rank)| rank);
+    let at = |port: u16| {
+        let port = port.checked_add(rank)?;
+        Some(format!("tcp://{}", std::net::SocketAddr::new(endpoint.ip(), port)))
+    };
+    let replay_endpoint = match config.replay_port {
+        Some(port) => Some(at(port)?),
+        None => None,
+    };
+    Some(PodDeclaration {
+        pod: endpoint.address().to_owned(),
+        endpoint: at(config.socket_port)?,
+        replay_endpoint,
+        topic_filter: config.topic_filter.clone(),
+        engine: config.engine.clone(),
+        ..PodDeclaration::default()
+    })
+}
+
+/// Pod and rank of an endpoint's name, if it has both.
+fn split_rank(name: &str) -> Option<(&str, u16)> {
+    let (pod, rank) = name.rsplit_once(RANK_SUFFIX)?;
+    Some((pod, rank.parse().ok()?))
+}
+
+/// See the module's page.
+#[derive(Debug)]
+struct Embedded {
+    models: Models,
+    binds: bool,
+    fleet: Arc<Fleet>,
+    endpoints: Arc<Endpoints>,
+    speculations: Arc<Speculations>,
+    matching: ArcSwap<Matching>,
+}
+
+/// Which rows are an endpoint's.
+#[derive(Debug, Default)]
+struct Matching {
+    table: Arc<Table>,
+    list: Arc<Vec<Arc<Endpoint>>>,
+    rows: HashMap<EndpointId, Vec<Arc<Row>>>,
+    /// Models of rows.
+    models: BTreeSet<Arc<str>>,
+}
+
+impl Matching {
+    fn new(table: Arc<Table>, list: Arc<Vec<Arc<Endpoint>>>) -> Self {
+        let mut by_name: HashMap<&str, Option<EndpointId>> = HashMap::new();
+        let mut claim = |name, id| {
+            // What names two endpoints names none.
+            by_name.entry(name).and_modify(|known| *known = None).or_insert(Some(id));
+        };
+        for endpoint in list.iter() {
+            let name = endpoint.info().name.name.as_str();
+            claim(name, endpoint.id());
+            // A pod with one port is one endpoint: its name without the rank is the pod's.
+            if let Some((pod, _)) = split_rank(name) {
+                claim(pod, endpoint.id());
+            }
+        }
+        let mut by_ip: HashMap<String, Option<EndpointId>> = HashMap::new();
+        let mut by_address = HashMap::new();
+        for endpoint in list.iter() {
+            by_address.insert(endpoint.address(), endpoint.id());
+            let ip = by_ip.entry(endpoint.ip().to_string());
+            ip.and_modify(|known| *known = None).or_insert(Some(endpoint.id()));
+        }
+        let mut rows: HashMap<EndpointId, Vec<Arc<Row>>> = HashMap::new();
+        let mut models = BTreeSet::new();
+        for row in &table.rows {
+            let pod = &*row.id.pod;
+            let endpoint = by_address
+                .get(pod)
+                .copied()
+                .or_else(|| by_name.get(pod).copied().flatten())
+                .or_else(|| by_ip.get(pod).copied().flatten());
+            if let Some(endpoint) = endpoint {
+                rows.entry(endpoint).or_default().push(Arc::clone(row));
+            }
+            if !row.model.is_empty() {
+                models.insert(Arc::clone(&row.model));
+            }
+        }
+        Self { table, list, rows, models }
+    }
+
+    fn rows(&self, endpoint: &Endpoint) -> &[Arc<Row>] {
+        self.rows.get(&endpoint.id()).map_or(&[], Vec::as_slice)
+    }
+}
+
+impl Embedded {
+    /// The matching of this moment.
+    fn matching(&self) -> Arc<Matching> {
+        let matching = self.matching.load();
+        let (table, list) = (self.fleet.table(), self.endpoints.list());
+        if matching.table.version == table.version && Arc::ptr_eq(&matching.list, &list) {
+            return Arc::clone(&matching);
+        }
+        let matching = Arc::new(Matching::new(table, list));
+        self.matching.store(Arc::clone(&matching));
+        matching
+    }
+
+    fn answer(&self, query: &Query, endpoints: &[Arc<Endpoint>]) -> Vec<EndpointMatch> {
+        let matching = self.matching();
+        let model = &query.addressing.model;
+        let found: Vec<Vec<Match>> = query
+            .prompts
+            .iter()
+            .filter(|keys| !keys.is_empty())
+            .map(|keys| {
+                let mut found = Vec::new();
+                self.fleet.look_up(&matching.table, model, keys, false, &mut found);
+                found
+            })
+            .collect();
+        let of_row = |row: &Arc<Row>| {
+            let (state, stale) = row.trust();
+            let mut sum = EndpointMatch {
+                state: Some(RowState { state, stale }),
+                ..EndpointMatch::default()
+            };
+            for found in &found {
+                let at = found.binary_search_by_key(&row.slot, |found| found.slot).ok();
+                if let Some(found) = at.and_then(|at| found.get(at)) {
+                    sum.depth += found.depth;
+                    sum.confirmed += found.confirmed;
+                    sum.score += found.score;
+                }
+            }
+            sum
+        };
+        let best = |endpoint: &Arc<Endpoint>| {
+            let rows = matching.rows(endpoint).iter();
+            // A row without a model holds nothing, of this model or another.
+            let rows = rows.filter(|row| row.model == *model || row.model.is_empty());
+            let best = rows.map(of_row).max_by(|a, b| a.score.total_cmp(&b.score));
+            best.unwrap_or_default()
+        };
+        endpoints.iter().map(best).collect()
+    }
+}
+
+impl PrefixIndex for Embedded {
+    fn addressing(&self, served: &str) -> Option<Addressing> {
+        let canonical = self.models.canonical(served);
+        let matching = self.matching();
+        let known = matching.models.contains(canonical)
+            || self.models.aliases.contains_key(served)
+            || self.models.listed.contains_key(canonical);
+        let (model, lora): (Arc<str>, Arc<str>) = if known {
+            (canonical.into(), "".into())
+        } else {
+            let mut models = matching.models.iter();
+            let (Some(only), None) = (models.next(), models.next()) else { return None };
+            (Arc::clone(only), served.into())
+        };
+        let scheme = Arc::clone(self.models.scheme(&model));
+        Some(Addressing { model, lora, scheme })
+    }
+
+    fn score<'a>(
+        &'a self,
+        query: &'a Query,
+        endpoints: &'a [Arc<Endpoint>],
+    ) -> BoxFuture<'a, Result<Vec<EndpointMatch>, IndexError>> {
+        let answer = self.answer(query, endpoints);
+        Box::pin(std::future::ready(Ok(answer)))
+    }
+
+    fn speculate(
+        &self,
+        query: &Query,
+        endpoint: &Endpoint,
+        ttl: Duration,
+    ) -> Option<SpeculationId> {
+        let matching = self.matching();
+        let model = &query.addressing.model;
+        let rows = matching.rows(endpoint).iter();
+        // One without a model may turn out to be of this one; marks stay.
+        let rows: Vec<_> = rows.filter(|row| row.model == *model || row.model.is_empty()).collect();
+        if rows.is_empty() {
+            return None;
+        }
+        let slots: Vec<_> = rows.iter().map(|row| row.slot).collect();
+        let entry = self.speculations.add(&slots, query.prompts.to_vec(), ttl).ok()?;
+        // A row that went meanwhile may have left its slot to another pod.
+        let table = self.fleet.table();
+        let is_here =
+            |row: &&Arc<Row>| table.slot(row.slot).is_some_and(|now| now.id.pod == row.id.pod);
+        if !rows.iter().all(is_here) {
+            self.speculations.take_back(entry);
+            return None;
+        }
+        Some(SpeculationId(entry))
+    }
+
+    fn extend(&self, entry: SpeculationId, ttl: Duration) {
+        self.speculations.extend(entry.0, ttl);
+    }
+
+    fn take_back(&self, entry: SpeculationId) {
+        self.speculations.take_back(entry.0);
+    }
+
+    fn impediments(&self, served: &str) -> Vec<String> {
+        let matching = self.matching();
+        let rows = &matching.table.rows;
+        if rows.is_empty() {
+            return vec![if self.binds {
+                "no engine has connected to zmqEndpoint".to_owned()
+            } else {
+                "no engine's events are subscribed to".to_owned()
+            }];
+        }
+        let statuses: Vec<_> = rows.iter().map(|row| row.status()).collect();
+        if !statuses.iter().any(|status| status.connected) {
+            let places: BTreeSet<&str> = rows.iter().map(|row| &*row.endpoint).collect();
+            let places: Vec<&str> = places.into_iter().take(4).collect();
+            return vec![format!(
+                "no engine's event socket can be reached, such as {}: KV events are off, or the port is \
+                 another",
+                places.join(", ")
+            )];
+        }
+        if statuses.iter().all(|status| status.messages == 0 && status.last_applied_unix_ns == 0) {
+            return vec![
+                "no engine has sent a KV event yet: events are off, or topics differ from \
+                 topicFilter"
+                    .to_owned(),
+            ];
+        }
+        let mut found = Vec::new();
+        let canonical = self.models.canonical(served);
+        match self.addressing(served) {
+            None if matching.models.is_empty() => {
+                found.push("the engines' topics name no model, so nothing is indexed".to_owned());
+            }
+            Some(addressing) if matching.models.contains(&addressing.model) => {
+                let of_model = || rows.iter().filter(|row| row.model == addressing.model);
+                if of_model().all(|row| self.fleet.index().pod_usage(row.slot).hybrid_unsupported) {
+                    found.push("the model has attention groups that are not scored".to_owned());
+                }
+                if of_model()
+                    .all(|row| !matching.rows.values().flatten().any(|it| Arc::ptr_eq(it, row)))
+                {
+                    let names: BTreeSet<&str> = of_model().map(|row| &*row.id.pod).collect();
+                    let names: Vec<&str> = names.into_iter().take(4).collect();
+                    found.push(format!(
+                        "the pods of the engines' topics are no endpoints': {}",
+                        names.join(", ")
+                    ));
+                }
+            }
+            _ => {
+                let names: Vec<&str> = matching.models.iter().map(|name| &**name).take(8).collect();
+                found.push(format!(
+                    "the engines' events are of {}, and none is {canonical:?}; an alias would join them",
+                    names.join(", ")
+                ));
+            }
+        }
+        found
+    }
 }

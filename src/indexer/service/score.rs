@@ -1,10 +1,4 @@
 //! Block keys → scores: lookup, and the rows of the answer.
-//!
-//! # Which pod a slot names
-//!
-//! The index answers with slots, and a slot gets a new owner after its pod has gone. A lookup
-//! therefore stands between two reads of the row table: a match counts only if both name the same
-//! row. A pod that is removed meanwhile is absent; one that takes its slot is not credited.
 
 use std::{cmp::Ordering, sync::Arc};
 
@@ -129,18 +123,8 @@ impl Inner {
             return;
         }
         let start = Instant::now();
-        self.fleet.index().lookup(keys, tiers, found);
+        self.fleet.look_up(table, model, keys, tiers, found);
         self.metrics.looked_up(start.elapsed());
-        let after = self.fleet.table();
-        found.retain(|found| {
-            // The model is part of xxh3 keys. llm-d's algorithms let an adapter's name replace it,
-            // and then pods of another base model hold equal keys.
-            table.slot(found.slot).is_some_and(|row| {
-                *row.model == *model
-                    && (after.version == table.version
-                        || after.slot(found.slot).is_some_and(|now| Arc::ptr_eq(row, now)))
-            })
-        });
     }
 }
 

@@ -3,8 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use kv_indexer::{
-    indexer::{ScoreError, speculation::Speculations},
-    ingest::fleet::PodDeclaration,
+    ingest::{
+        fleet::PodDeclaration,
+        speculation::{Speculations, TooMany},
+    },
     model::{CountMode, PodSlot},
     proto::{kvindexer as pb, llmd},
 };
@@ -202,7 +204,7 @@ async fn expiry_is_precise_and_caps_hold() {
     let (late, early) = (add(1000), add(100));
     assert_eq!((live.len(), index.marks()), (2, 12));
     let full = live.add(&[slot], vec![blocks.clone()], ms(1));
-    assert_eq!(full, Err(ScoreError::TooManySpeculations { what: "calls", limit: 2 }));
+    assert_eq!(full, Err(TooMany { what: "calls", limit: 2 }));
     sleep(ms(99)).await;
     assert_eq!(live.len(), 2);
     sleep(ms(11)).await;
@@ -222,7 +224,7 @@ async fn expiry_is_precise_and_caps_hold() {
 
     let many = vec![keys(&tokens(300))];
     let full = live.add(&[slot], many, ms(1));
-    assert_eq!(full, Err(ScoreError::TooManySpeculations { what: "blocks", limit: 256 }));
+    assert_eq!(full, Err(TooMany { what: "blocks", limit: 256 }));
     assert!(live.add(&[PodSlot(77)], vec![blocks], ms(1)).is_ok(), "unknown slots are ignored");
     stop.cancel();
     tasks.join_next().await.unwrap().unwrap().unwrap();

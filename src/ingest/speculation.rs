@@ -33,13 +33,22 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     index::BlockIndex,
-    indexer::ScoreError,
     model::{PodSlot, RequestKey},
 };
 
 /// Blocks of all entries at most, per entry allowed: entries of 2 000 tokens fill both caps at
 /// once with blocks of 16 tokens. With the default of 65 536 entries it is 8 388 608 blocks.
 const BLOCKS_PER_ENTRY: usize = 128;
+
+/// As many entries as may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what} of speculative entries are at the limit of {limit}")]
+pub struct TooMany {
+    /// `calls` or `blocks`.
+    pub what: &'static str,
+    /// The limit.
+    pub limit: usize,
+}
 
 /// The live handles.
 #[derive(Debug)]
@@ -107,13 +116,13 @@ impl Speculations {
     ///
     /// # Errors
     ///
-    /// [`ScoreError::TooManySpeculations`].
+    /// [`TooMany`].
     pub fn add(
         &self,
         slots: &[PodSlot],
         prompts: Vec<Vec<RequestKey>>,
         ttl: Duration,
-    ) -> Result<u64, ScoreError> {
+    ) -> Result<u64, TooMany> {
         let blocks = prompts.iter().map(Vec::len).sum::<usize>().saturating_mul(slots.len());
         self.reserve(blocks)?;
         let mut marks = Vec::with_capacity(slots.len() * prompts.len());
@@ -196,13 +205,13 @@ impl Speculations {
         }
     }
 
-    fn reserve(&self, blocks: usize) -> Result<(), ScoreError> {
+    fn reserve(&self, blocks: usize) -> Result<(), TooMany> {
         let mut live = self.lock();
         if live.reserved >= self.max_entries {
-            return Err(ScoreError::TooManySpeculations { what: "calls", limit: self.max_entries });
+            return Err(TooMany { what: "calls", limit: self.max_entries });
         }
         if live.blocks.saturating_add(blocks) > self.max_blocks {
-            return Err(ScoreError::TooManySpeculations { what: "blocks", limit: self.max_blocks });
+            return Err(TooMany { what: "blocks", limit: self.max_blocks });
         }
         live.reserved += 1;
         live.blocks += blocks;

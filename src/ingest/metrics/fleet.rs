@@ -9,8 +9,10 @@ use prometheus::{
 };
 
 use crate::{
-    indexer::speculation::Speculations,
-    ingest::fleet::{Fleet, Row},
+    ingest::{
+        fleet::{Fleet, Row},
+        speculation::Speculations,
+    },
     model::{PodState, TierId, TierTable},
     support::clock::unix_ns,
 };
