@@ -105,7 +105,8 @@ impl Loader<'_> {
         }
     }
 
-    /// Gives a profile its picker: its own, the first one of the document, or the default one.
+    /// Gives a profile its picker: its own, the first one of the document, or the default one. Filters
+    /// that only have a preference go behind the others.
     fn complete(&self, draft: Draft, first: Option<&Configured>) -> Option<SchedulingProfile> {
         let Draft { name, at, mut filters, scorers, picker } = draft;
         filters.sort_by_key(|it| it.plugin.filter().is_some_and(Filter::last));

@@ -28,7 +28,8 @@ pub(super) const NOT_INDEXED: &str = "not_indexed";
 const FOR_EVER: [(&str, &str); 4] = [
     (
         ESTIMATED,
-        "its tokens are estimates, which match nothing that an engine announces: configure a tokenizer in token-producer",
+        "its tokens are estimates, which match nothing that an engine announces: configure a \
+         tokenizer in token-producer",
     ),
     (NO_TOKENS, "nobody makes token ids: configure a token-producer"),
     ("no_tokenizer", "no tokenizer is configured for it"),
@@ -84,16 +85,14 @@ impl Fallbacks {
         }
     }
 
-    /// Warns unless it was said already; gives whether it did.
-    fn say(&self, model: &str, cause: &str) -> bool {
+    /// Warns unless it was said already.
+    fn say(&self, model: &str, cause: &str) {
         let mut models = lock(&self.models);
-        let Some(said) = models.get_mut(model) else { return false };
-        let new = said.len() < MAX_CAUSES && !said.contains(cause);
-        if new {
+        let Some(said) = models.get_mut(model) else { return };
+        if said.len() < MAX_CAUSES && !said.contains(cause) {
             said.insert(cause.to_owned());
             tracing::warn!(plugin = %self.plugin, model, "Precise prefix scores cannot match: {cause}");
         }
-        new
     }
 
     /// What was said about a model.

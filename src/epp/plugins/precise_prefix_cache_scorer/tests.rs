@@ -717,3 +717,38 @@ async fn the_task_extends_until_it_is_told_to_stop() {
     let (ended, ()) = tokio::join!(task, watch);
     ended.unwrap();
 }
+
+/// The first profile's filters and scorers, by type.
+fn profile_of(config: &str) -> (Vec<&'static str>, Vec<&'static str>) {
+    let mut types = crate::epp::plugins::types();
+    types.set(Registration { factory: SCORER, ..REGISTRATION });
+    types.set(Registration { factory: PRODUCER, ..precise_prefix_cache_producer::REGISTRATION });
+    let parts = crate::epp::config::Parts {
+        types: &types,
+        endpoints: &Arc::default(),
+        metrics: &Registry::new(),
+        allow_experimental: false,
+        defaults: &[],
+    };
+    let loaded = crate::epp::config::load(config, &parts).unwrap();
+    let profile = &loaded.profiles[0];
+    let filters = profile.filters.iter().map(|it| it.plugin.type_name());
+    (filters.collect(), profile.scorers.iter().map(|(it, _)| it.plugin.type_name()).collect())
+}
+
+#[test]
+fn the_filter_runs_last() {
+    let config = "{plugins: [{type: precise-prefix-cache-scorer, parameters: {hotPrefix: true}}, \
+                  {type: decode-filter}, {type: max-score-picker}], schedulingProfiles: [{name: p, \
+                  plugins: [{pluginRef: precise-prefix-cache-scorer}, {pluginRef: decode-filter}]}]}";
+    assert_eq!(profile_of(config), (vec!["decode-filter", TYPE], vec![TYPE]));
+}
+
+#[test]
+fn the_producer_does_not_rank_where_all_plugins_are_the_profile() {
+    let config = "{plugins: [{type: precise-prefix-cache-producer}, {type: prefix-cache-scorer, \
+                  parameters: {prefixMatchInfoProducerName: precise-prefix-cache-producer}}]}";
+    assert_eq!(profile_of(config), (vec![], vec!["prefix-cache-scorer"]));
+    let config = "{plugins: [{type: precise-prefix-cache-scorer}]}";
+    assert_eq!(profile_of(config), (vec![], vec![TYPE]));
+}
