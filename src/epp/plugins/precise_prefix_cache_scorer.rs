@@ -40,8 +40,8 @@
 //!
 //! # Hot prefixes, speculation
 //!
-//! See [`hot`] (`hotPrefix: true`, or `{marginTokens: 0}`; as a filter it runs after all others) and
-//! [`speculation`] (`speculativeIndexing`, `speculativeTTL` 2s, `speculativeWeight` 0.5). Both look at the first
+//! See modules `hot` (`hotPrefix: true`, or `{marginTokens: 0}`; as a filter it runs after all others) and
+//! `speculation` (`speculativeIndexing`, `speculativeTTL` 2s, `speculativeWeight` 0.5). Both look at the first
 //! endpoint of the primary profile and of the profile `prefill`; if there is one, it computes the
 //! prompt.
 //!
