@@ -20,6 +20,7 @@ pub mod lora_affinity_scorer;
 pub mod max_score_picker;
 pub mod metrics_data_source;
 pub mod pd_profile_handler;
+pub mod precise_prefix_cache_producer;
 pub mod precise_prefix_cache_scorer;
 pub mod prefill_filter;
 pub mod prefill_header_handler;

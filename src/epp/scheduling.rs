@@ -141,6 +141,12 @@ pub trait Plugin: Any + fmt::Debug + Send + Sync {
 pub trait Filter {
     /// Removes from `keep` whom it rejects. The order of the rest stays.
     fn filter(&self, cycle: &Cycle<'_>, keep: &mut Vec<usize>);
+
+    /// It has a preference and no rule: it runs after the other filters of its profile, so that it
+    /// keeps nobody whom one of them would reject.
+    fn last(&self) -> bool {
+        false
+    }
 }
 
 /// Ranks candidates. Cannot fail; no opinion is 0.

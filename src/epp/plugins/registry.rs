@@ -16,9 +16,10 @@ use crate::{
             approx_prefix_cache_producer, by_label_filter, core_metrics_extractor, decode_filter,
             disagg_profile_handler, encode_filter, file_discovery, inflight_load_producer,
             kv_cache_utilization_scorer, load_aware_scorer, lora_affinity_scorer, max_score_picker,
-            metrics_data_source, pd_profile_handler, precise_prefix_cache_scorer, prefill_filter,
-            prefill_header_handler, prefix_based_pd_decider, prefix_cache_scorer, queue_scorer,
-            random_picker, running_requests_size_scorer, single_profile_handler, token_load_scorer,
+            metrics_data_source, pd_profile_handler, precise_prefix_cache_producer,
+            precise_prefix_cache_scorer, prefill_filter, prefill_header_handler,
+            prefix_based_pd_decider, prefix_cache_scorer, queue_scorer, random_picker,
+            running_requests_size_scorer, single_profile_handler, token_load_scorer,
             utilization_detector, weighted_random_picker,
         },
         scheduling::Plugin,
@@ -174,6 +175,7 @@ fn built() -> Vec<Registration> {
         // Producers.
         approx_prefix_cache_producer::REGISTRATION,
         inflight_load_producer::REGISTRATION,
+        precise_prefix_cache_producer::REGISTRATION,
         // Data layer.
         file_discovery::REGISTRATION,
         metrics_data_source::REGISTRATION,

@@ -10,7 +10,7 @@ use crate::epp::{
         Saturation, order::produced,
     },
     request::{DEFAULT_PARSERS, ParserKind},
-    scheduling::{Configured, DataKey, SchedulingProfile},
+    scheduling::{Configured, DataKey, Filter, SchedulingProfile},
 };
 
 /// Handler, picker and detector that are added where there is none.
@@ -105,9 +105,11 @@ impl Loader<'_> {
         }
     }
 
-    /// Gives a profile its picker: its own, the first one of the document, or the default one.
+    /// Gives a profile its picker: its own, the first one of the document, or the default one. Filters
+    /// that only have a preference go behind the others.
     fn complete(&self, draft: Draft, first: Option<&Configured>) -> Option<SchedulingProfile> {
-        let Draft { name, at, filters, scorers, picker } = draft;
+        let Draft { name, at, mut filters, scorers, picker } = draft;
+        filters.sort_by_key(|it| it.plugin.filter().is_some_and(Filter::last));
         let picker = picker.or_else(|| first.cloned());
         let picker = picker.or_else(|| {
             let why = format!("profile '{name}' has no picker");

@@ -100,8 +100,21 @@ impl Matcher {
         kind: &str,
         sizing: Sizing,
     ) -> prometheus::Result<Self> {
-        let name = Arc::clone(building.name());
-        let metrics = Metrics::new(building.registry(), &name, kind)?;
+        Self::named(Arc::clone(building.name()), building, kind, sizing)
+    }
+
+    /// A matcher that writes under another name than its plugin's.
+    ///
+    /// # Errors
+    ///
+    /// When the metrics clash with others of the registry.
+    pub(in crate::epp::plugins) fn named(
+        name: Arc<str>,
+        building: &dyn Building,
+        kind: &str,
+        sizing: Sizing,
+    ) -> prometheus::Result<Self> {
+        let metrics = Metrics::new(building.registry(), building.name(), kind)?;
         Ok(Self { name, sizing, store: PrefixStore::new(building.endpoints()), metrics })
     }
 

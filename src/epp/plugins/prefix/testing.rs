@@ -89,7 +89,8 @@ impl Run {
         assert!(future.is_none(), "it does not wait");
     }
 
-    fn with<T>(&self, then: impl FnOnce(&Cycle<'_>) -> T) -> T {
+    /// Does something with the cycle.
+    pub(in crate::epp::plugins) fn with<T>(&self, then: impl FnOnce(&Cycle<'_>) -> T) -> T {
         let metrics: Vec<Arc<Metrics>> = self.endpoints.iter().map(|pod| pod.metrics()).collect();
         then(&Cycle {
             unknown_metrics: UnknownMetrics::default(),
