@@ -269,9 +269,19 @@ fn the_pool_is_averaged_over_endpoints_with_fresh_metrics() {
             running: 2 * waiting,
             kv_usage,
             updated,
+            prefix_queries: 100 * (waiting % 2),
+            prefix_hits: 40 * (waiting % 2),
             ..Metrics::default()
         });
     }
+    check(
+        &registry,
+        &[
+            r#"epp_engine_prefix_cache_queries_tokens_total{endpoint="ns/a"} 100"#,
+            r#"epp_engine_prefix_cache_hits_tokens_total{endpoint="ns/a"} 40"#,
+        ],
+    );
+    check_absent(&registry, &[r#"epp_engine_prefix_cache_hits_tokens_total{endpoint="ns/b"}"#]);
     check(
         &registry,
         &[
