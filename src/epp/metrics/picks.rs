@@ -134,8 +134,11 @@ const AVERAGED: [Averaged; 3] = [
     (&MEAN_RUNNING, &MEAN_RUNNING_OLD, &DEVIATION_RUNNING, |metrics| metrics.running as f64),
 ];
 
+/// A counter of an engine's.
+type EngineCount = (&'static Family, fn(&Metrics) -> u64);
+
 /// What engines say of their prefix caches.
-const PREFIX_CACHE: [(&Family, fn(&Metrics) -> u64); 2] = [
+const PREFIX_CACHE: [EngineCount; 2] = [
     (&PREFIX_QUERIES, |metrics| metrics.prefix_queries),
     (&PREFIX_HITS, |metrics| metrics.prefix_hits),
 ];

@@ -404,7 +404,8 @@ fn families_are_declared_as_they_are_reported() {
         let endpoints = Arc::new(Endpoints::new());
         endpoints.upsert(info("ns", "a", 1));
         let endpoint = Arc::clone(&endpoints.list()[0]);
-        endpoint.set_metrics(Metrics { updated: Some(Instant::now()), ..Metrics::default() });
+        let updated = Some(Instant::now());
+        endpoint.set_metrics(Metrics { updated, prefix_queries: 1, ..Metrics::default() });
         metrics.watch("pool", &endpoints);
         let row = metrics.request(&LABELS);
         _ = row.routed(1);

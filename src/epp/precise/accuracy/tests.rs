@@ -111,17 +111,17 @@ fn within_a_block_is_exact() {
 #[test]
 fn what_engines_can_reuse_caps_the_prediction() {
     #[track_caller]
-    fn check(prediction: Prediction, want: u64) {
+    fn check(prediction: &Prediction, want: u64) {
         let unit = prediction.unit();
         assert_eq!(prediction.reused(prediction.depth, unit), want);
     }
-    check(Prediction { prompt_tokens: 64, ..held(4) }, 48);
-    check(Prediction { prompt_tokens: 65, ..held(4) }, 64);
-    check(Prediction { prompt_tokens: 0, ..held(0) }, 0);
-    check(Prediction { prompt_tokens: 16, ..held(1) }, 0);
-    check(Prediction { endpoint: endpoint(1, 32), ..held(3) }, 32);
-    check(Prediction { block: 0, endpoint: endpoint(1, 0), ..held(3) }, 0);
-    check(Prediction { block: u32::MAX, ..held(u32::MAX) }, 992);
+    check(&Prediction { prompt_tokens: 64, ..held(4) }, 48);
+    check(&Prediction { prompt_tokens: 65, ..held(4) }, 64);
+    check(&Prediction { prompt_tokens: 0, ..held(0) }, 0);
+    check(&Prediction { prompt_tokens: 16, ..held(1) }, 0);
+    check(&Prediction { endpoint: endpoint(1, 32), ..held(3) }, 32);
+    check(&Prediction { block: 0, endpoint: endpoint(1, 0), ..held(3) }, 0);
+    check(&Prediction { block: u32::MAX, ..held(u32::MAX) }, 992);
 }
 
 #[test]
