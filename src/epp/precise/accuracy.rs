@@ -75,9 +75,6 @@ use crate::{
     support::{metrics::family, sync::lock},
 };
 
-#[cfg(test)]
-mod tests;
-
 /// Bounds of histograms of tokens.
 const TOKENS: [f64; 14] = [
     0.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0,
@@ -637,3 +634,6 @@ impl Observation {
         inner.under.add(cause, difference);
     }
 }
+
+#[cfg(test)]
+mod tests;
