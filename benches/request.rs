@@ -13,7 +13,7 @@ mod common;
 
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use kv_indexer::epp::request::{Parsed, Parsers, Route, estimate_tokens, splice_model};
+use kv_indexer::epp::request::{Changes, Parsed, Parsers, Route, estimate_tokens, splice};
 use std::hint::black_box;
 
 const WORDS: [&str; 16] = [
@@ -112,13 +112,14 @@ fn prompt(c: &mut Criterion) {
     }
 }
 
-fn splice(c: &mut Criterion) {
+fn splicing(c: &mut Criterion) {
     let body = completions(256 << 10);
     let parsed = read("/v1/completions", &body);
+    let changes = Changes { model: Some("another-model"), usage: false };
     c.bench_function("request/splice_model/256k", |b| {
-        b.iter(|| splice_model(&parsed, black_box(&body), "another-model"));
+        b.iter(|| splice(&parsed, black_box(&body), changes));
     });
 }
 
-criterion_group!(benches, scan, prompt, splice);
+criterion_group!(benches, scan, prompt, splicing);
 criterion_main!(benches);

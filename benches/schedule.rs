@@ -91,6 +91,7 @@ fn request() -> InferenceRequest {
             cache_salt: None,
             prompt: smallvec::SmallVec::new(),
             tools: None,
+            usage_edit: None,
             multimodal: false,
         },
         body: bytes::Bytes::new(),

@@ -83,6 +83,11 @@ pub struct Metrics {
     pub cache_block_tokens: u64,
     /// Blocks of the KV cache; 0 = not reported.
     pub cache_blocks: u64,
+    /// Prompt tokens that the engine looked up in its prefix cache since we follow the endpoint. What it
+    /// counted before, and what it forgets when it starts over, changes nothing.
+    pub prefix_queries: u64,
+    /// The part of them that it found.
+    pub prefix_hits: u64,
     /// Values of the extractor's `customMetrics`, by attribute key.
     pub custom: BTreeMap<String, f64>,
     /// When a scrape last gave any of these; `None` = never, and all of the above are defaults.

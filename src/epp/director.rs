@@ -36,7 +36,7 @@ use crate::epp::{
     },
     metrics::{EppMetrics, ExtensionPoint, PluginTimer, RequestLabels, RequestMetrics, Running},
     plugins::utilization_detector::UtilizationDetector,
-    request::{InferenceRequest, Parsers, splice_model},
+    request::{Changes, InferenceRequest, Parsers, splice},
     scheduling::{
         Configured, Cycle, Ending, Flight, Produced, Report, Scheduler, SchedulingResult,
     },
@@ -111,6 +111,8 @@ pub struct Director {
     parts: Parts,
     /// Of each producer, admitter and pre-request hook, in the order of `parts`.
     timers: Timers,
+    /// A plugin that hears how requests end wants every response to report its tokens.
+    wants_usage: bool,
 }
 
 #[derive(Debug)]
@@ -214,7 +216,8 @@ impl Director {
                 .map(timer(ExtensionPoint::PreRequest))
                 .collect(),
         };
-        Self { parts, timers }
+        let wants_usage = parts.pre_requests.iter().any(|hook| hook.plugin.wants_usage());
+        Self { parts, timers, wants_usage }
     }
 
     /// Routes a request whose headers came at `received`.
@@ -263,7 +266,7 @@ impl Director {
         received: Instant,
         transit: &mut Transit,
     ) -> Result<Routed, Refusal> {
-        let Inbound { headers, body, subset, .. } = inbound;
+        let Inbound { headers, body, subset, response_hidden, .. } = inbound;
         let read = || self.timers.parsing.time(|| self.read(&transit.id, headers, body, received));
         let Some(read) = guarded(&transit.id, "request-parser", read) else {
             self.parts.metrics.fallback_pick();
@@ -278,9 +281,10 @@ impl Director {
             fairness: &request.fairness_id,
             priority: request.priority,
         });
-        let outcome = self.direct(&request, subset.as_deref(), &metrics, transit).await;
-        match &outcome {
-            Ok(_) => {
+        let mut outcome = self.direct(&request, subset.as_deref(), &metrics, transit).await;
+        match &mut outcome {
+            Ok(routed) => {
+                self.rewrite(&request, response_hidden, routed);
                 let running = metrics.routed(request.body.len() as u64);
                 transit.metrics = Some((metrics, running));
             }
@@ -481,9 +485,22 @@ impl Director {
         refused
     }
 
+    /// Changes the body: its model, and the demand for usage where it can be taken out of the response
+    /// again.
+    fn rewrite(&self, request: &InferenceRequest, response_hidden: bool, routed: &mut Routed) {
+        let parsed = &request.parsed;
+        let rewritten = *request.target_model != *parsed.model;
+        let model = rewritten.then_some(&*request.target_model);
+        let usage = self.wants_usage && !response_hidden && parsed.usage_edit.is_some();
+        if model.is_some() || usage {
+            let body = splice(parsed, &request.body, Changes { model, usage });
+            routed.body = Some(body);
+        }
+        routed.hides_usage = usage;
+    }
+
     fn routed(&self, cycle: &Cycle<'_>, result: &SchedulingResult, edits: HeaderEdits) -> Routed {
         let request = cycle.request;
-        let rewritten = *request.target_model != *request.parsed.model;
         let scores = self.parts.emit_scores.then(|| {
             let run = result.results.get(&result.primary);
             let scored = run.map_or(&[][..], |run| &run.scored);
@@ -495,14 +512,13 @@ impl Director {
         Routed {
             destination: self.parts.scheduler.destination(cycle, result),
             edits,
-            body: rewritten.then(|| {
-                splice_model(&request.parsed, &request.body, &request.target_model).into()
-            }),
+            body: None,
             scores,
             incoming_model: request.parsed.model.clone(),
             target_model: request.target_model.to_string(),
             stream: request.parsed.stream,
             skip_response: !request.parsed.api.has_response(),
+            hides_usage: false,
         }
     }
 }

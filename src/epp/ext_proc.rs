@@ -23,7 +23,9 @@
 //! # Invariants
 //!
 //! * Headers are answered once, before their body; a body's end is said once, and nothing follows.
-//! * In duplex mode what goes out is what came in, whatever the pieces, but for rewritten names.
+//! * In duplex mode what goes out is what came in, whatever the pieces, but for rewritten names and the
+//!   usage that the client did not ask for ([`Routed::hides_usage`]). Of the latter nobody hears if the
+//!   response is a stream; a response with trailers in `STREAMED` mode loses an event without an end.
 //! * After an immediate response there is no reply. There is none once response headers were
 //!   answered: Envoy would have to cut the response off.
 //! * No message, in any order, makes it panic. A stream may begin with the response.
@@ -71,6 +73,7 @@ mod body;
 mod exchange;
 pub mod fuzz;
 pub mod headers;
+mod remove_usage;
 mod reply;
 mod restore;
 #[cfg(test)]

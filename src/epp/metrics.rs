@@ -45,9 +45,9 @@ mod histogram;
 mod picks;
 mod requests;
 
+pub(in crate::epp) use self::family::Family;
 pub use self::requests::{ErrorCode, Outcome, RequestLabels, RequestMetrics, Running};
 use self::{
-    family::Family,
     histogram::Histogram,
     picks::{Picks, Pool},
     requests::Requests,

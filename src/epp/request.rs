@@ -4,7 +4,7 @@
 //!
 //! The parser is chosen by the request's path. It scans the JSON body once, checks that it is JSON,
 //! and keeps **spans**: nothing is copied, nothing is built, the body goes on byte for byte. Only a
-//! model rewrite changes it, by replacing the span of the model's name. Whoever wants the prompt
+//! model rewrite and the demand for a stream's usage change it, by replacing a span. Whoever wants the prompt
 //! reads it out of the body by its spans, in pieces.
 //!
 //! | module | what it is for |
@@ -15,7 +15,7 @@
 //! | `json` | the scanner, with the verdicts of Go's `encoding/json` |
 //! | `read` | the prompt as text, bytes or token ids |
 //! | `estimate` | the prompt as pseudo tokens, without a tokenizer |
-//! | `splice` | another model name |
+//! | `splice` | another model name, and the demand for usage |
 //! | [`fuzz`] | what holds for every body |
 //!
 //! # Failure
@@ -51,7 +51,7 @@ pub use self::{
     estimate::estimate_tokens,
     json::JsonError,
     parsers::{DEFAULT_PARSERS, ParseError, ParserKind, Parsers, Route, request_path},
-    splice::splice_model,
+    splice::{Changes, splice},
 };
 
 /// An API of an inference server.
@@ -124,6 +124,15 @@ pub struct PromptSpan {
     pub span: Range<usize>,
 }
 
+/// A change to a body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit {
+    /// The bytes that go; an empty range is a place.
+    pub span: Range<usize>,
+    /// What comes in their place.
+    pub text: &'static str,
+}
+
 /// What the scan of a body found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parsed {
@@ -144,6 +153,9 @@ pub struct Parsed {
     pub prompt: SmallVec<[PromptSpan; 2]>,
     /// The bytes of the value of `tools`, unless it is null or empty.
     pub tools: Option<Range<usize>>,
+    /// What has to change so that a stream reports its tokens; `None`: it is no stream of completions, or
+    /// does already, or would not.
+    pub usage_edit: Option<Edit>,
     /// Does a message have an image, video or audio part? Known for chat completions and messages.
     pub multimodal: bool,
 }
@@ -161,6 +173,7 @@ impl Parsed {
             cache_salt: None,
             prompt: SmallVec::new(),
             tools: None,
+            usage_edit: None,
             multimodal: false,
         }
     }

@@ -196,15 +196,17 @@ impl Session {
             let took = if facts.streaming { self.clock.streaming } else { begun.elapsed() };
             self.metrics.response_processed(took);
         }
-        // What plugins hold is released now: Envoy may keep the stream open for a while.
+        // What plugins hold is released now: Envoy may keep the stream open for a while. What they say
+        // goes out with the reply to the response's end, if that is why we are here.
         let mut transit = self.transit.take();
         if let Some(transit) = &mut transit {
-            transit.ended(&Ending {
+            let report = transit.ended(&Ending {
                 completed: facts.phase == Phase::Ended,
                 status: facts.response_status,
                 usage: facts.usage,
                 served: facts.served.as_deref(),
             });
+            self.replies.report(&report.numbers);
         }
         let known = transit.as_ref().and_then(|transit| transit.metrics.as_ref());
         let row = || match known {

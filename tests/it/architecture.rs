@@ -215,6 +215,8 @@ fn registered() -> BTreeSet<String> {
         let path = source.path.to_string_lossy().replace('\\', "/");
         let registers = path.contains("/metrics")
             || path.contains("/epp/plugins/")
+            || path.contains("/epp/precise/")
+            || path.contains("/tokenize/")
             || path.ends_with("/indexer/run.rs");
         if !registers || path.ends_with("/tests.rs") {
             continue;

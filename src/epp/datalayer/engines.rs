@@ -11,18 +11,22 @@
 //! | running | `vllm:num_requests_running` | `sglang:num_running_reqs` | `trtllm_num_requests_running` | `…{request_type=scheduled}` |
 //! | KV usage | `vllm:kv_cache_usage_perc` | `sglang:token_usage` | `trtllm_kv_cache_utilization` | `nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=fraction}` |
 //! | LoRA | `vllm:lora_requests_info` | – | – | – |
+//! | prefix cache | `vllm:prefix_cache_queries_total`, `…_hits_total` | – | – | – |
 //! | block size, blocks | labels of `vllm:cache_config_info` | labels of `sglang:cache_config_info` | `trtllm_kv_cache_tokens_per_block`, `…_max_blocks` | `…{kv_cache_block_type=tokens_per}`, `{…=max}` |
 //!
 //! `triton`, without an LLM behind it, has `nv_inference_pending_request_count` and
 //! `nv_inference_exec_count`. vLLM until 0.9 calls its KV usage `vllm:gpu_cache_usage_perc`, which is
-//! read when the other is not there.
+//! read when the other is not there; and its prefix cache `vllm:gpu_prefix_cache_queries_total` and
+//! `…_hits_total`. SGLang shows its hits as a ratio alone (`sglang:cache_hit_rate`), of which nothing can
+//! be summed.
 //!
 //! # Several series
 //!
 //! Of several series that match, the one with the latest timestamp counts, and the first of equals. So
 //! of an engine that shows all its data-parallel ranks on one page, the first rank stands for all;
 //! a specification with a label (`{engine=1}`) chooses another one. LoRA lines carry their time as
-//! their value: the greatest counts.
+//! their value: the greatest counts. Series of the prefix cache are added up, since they are counters: of
+//! them only what is added from page to page counts, and one that has become smaller began at 0 again.
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -148,6 +152,11 @@ pub struct EngineConfig {
     pub block_size: Option<MetricSpec>,
     /// Number of blocks as a value.
     pub blocks: Option<MetricSpec>,
+    /// Prompt tokens looked up in the prefix cache, a counter: the newest name first. The first one that is
+    /// on a page counts.
+    pub prefix_queries: Vec<MetricSpec>,
+    /// The same of those that were found.
+    pub prefix_hits: Vec<MetricSpec>,
     /// Further values, by attribute key.
     pub custom: Vec<(String, MetricSpec)>,
 }
@@ -156,6 +165,7 @@ pub struct EngineConfig {
 #[must_use]
 pub fn builtin() -> Vec<EngineConfig> {
     let spec = |text: &str| MetricSpec::parse(text).ok().flatten();
+    let specs = |texts: [&str; 2]| texts.into_iter().filter_map(spec).collect::<Vec<_>>();
     let engine = |name: &str, queued, running, kv_usage| EngineConfig {
         name: name.to_owned(),
         queued: spec(queued),
@@ -167,6 +177,11 @@ pub fn builtin() -> Vec<EngineConfig> {
         old_kv_usage: spec("vllm:gpu_cache_usage_perc"),
         lora: spec("vllm:lora_requests_info"),
         cache_info: spec("vllm:cache_config_info"),
+        prefix_queries: specs([
+            "vllm:prefix_cache_queries_total",
+            "vllm:gpu_prefix_cache_queries_total",
+        ]),
+        prefix_hits: specs(["vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"]),
         ..engine(
             "vllm",
             "vllm:num_requests_waiting",
@@ -348,7 +363,32 @@ enum What {
     CacheInfo,
     BlockSize,
     Blocks,
+    PrefixQueries,
+    PrefixHits,
     Custom(String),
+}
+
+impl What {
+    /// Does it only ever grow, so that series add up and only differences count?
+    fn is_counter(&self) -> bool {
+        matches!(self, Self::PrefixQueries | Self::PrefixHits)
+    }
+}
+
+impl Slot {
+    /// How much a counter has grown since the last page that had it; nothing on the first one.
+    fn grown(&mut self, faults: &mut u32) -> u64 {
+        if !self.value.is_finite() {
+            *faults += 1;
+            return 0;
+        }
+        match self.last.replace(self.value) {
+            None => 0,
+            Some(last) if self.value >= last => count(self.value - last),
+            // It began at 0 again.
+            Some(_) => count(self.value),
+        }
+    }
 }
 
 impl Default for Names {
@@ -375,8 +415,10 @@ impl Engine {
             (What::Blocks, &config.blocks),
         ];
         let standard = standard.into_iter().filter_map(|(what, spec)| Some((what, spec.as_ref()?)));
+        let queries = config.prefix_queries.iter().map(|spec| (What::PrefixQueries, spec));
+        let hits = config.prefix_hits.iter().map(|spec| (What::PrefixHits, spec));
         let custom = config.custom.iter().map(|(key, spec)| (What::Custom(key.clone()), spec));
-        for (what, spec) in standard.chain(custom) {
+        for (what, spec) in standard.chain(queries).chain(hits).chain(custom) {
             let name = names.iter().position(|name| *name == spec.name).unwrap_or_else(|| {
                 names.push(&spec.name);
                 names.len() - 1
@@ -428,6 +470,8 @@ struct Slot {
     value: f64,
     /// Labels of an info metric.
     labels: Vec<u8>,
+    /// Of a counter, its value in the last page that had it.
+    last: Option<f64>,
     /// A line could not be read, or the metric is none that has a value.
     malformed: bool,
     not_scalar: bool,
@@ -453,7 +497,7 @@ impl PageReader {
         for slot in &mut self.slots {
             let mut labels = std::mem::take(&mut slot.labels);
             labels.clear();
-            *slot = Slot { labels, ..Slot::default() };
+            *slot = Slot { labels, last: slot.last, ..Slot::default() };
         }
     }
 
@@ -470,10 +514,21 @@ impl PageReader {
         scanner.finish(&engine.names, |found| note(engine, slots, &found));
         let mut done = Extraction::default();
         let mut old_kv_usage = false;
-        for (wanted, slot) in engine.wanted.iter().zip(slots.iter()) {
+        let mut counted = None;
+        for (wanted, slot) in engine.wanted.iter().zip(slots.iter_mut()) {
             // A wrong line counts even if another one could be read.
             let mut faults = u32::from(slot.malformed);
-            if slot.seen {
+            if slot.seen && wanted.what.is_counter() {
+                let more = slot.grown(&mut faults);
+                // Further names of the same are followed, for the page on which they are alone.
+                if counted.replace(&wanted.what) != Some(&wanted.what) {
+                    match wanted.what {
+                        What::PrefixQueries => metrics.prefix_queries += more,
+                        _ => metrics.prefix_hits += more,
+                    }
+                    done.found += 1;
+                }
+            } else if slot.seen {
                 let good = engine.put(wanted, slot, metrics, &mut faults);
                 done.found += u32::from(good);
                 old_kv_usage |= good && wanted.what == What::OldKvUsage;
@@ -481,6 +536,8 @@ impl PageReader {
                 let may_lack = match wanted.what {
                     // vLLM shows none until it has loaded an adapter.
                     What::Lora | What::OldKvUsage => true,
+                    // Not all engines have a prefix cache.
+                    What::PrefixQueries | What::PrefixHits => true,
                     What::KvUsage => old_kv_usage,
                     _ => false,
                 };
@@ -496,7 +553,8 @@ impl PageReader {
     pub fn complaint(&self) -> String {
         let mut texts = Vec::new();
         for (wanted, slot) in self.engine.wanted.iter().zip(&self.slots) {
-            let optional = matches!(wanted.what, What::Lora | What::OldKvUsage);
+            let optional =
+                matches!(wanted.what, What::Lora | What::OldKvUsage) || wanted.what.is_counter();
             let text = match slot {
                 Slot { malformed: true, .. } => "malformed",
                 Slot { not_scalar: true, seen: false, .. } => "a histogram or summary",
@@ -523,6 +581,12 @@ fn note(engine: &Engine, slots: &mut [Slot], found: &Found<'_>) {
             Found::NotScalar { .. } => slot.not_scalar = true,
             Found::Malformed { .. } => slot.malformed = true,
             Found::Sample(_) if slot.not_scalar => {}
+            Found::Sample(sample) if wanted.what.is_counter() => {
+                if wanted.spec.matches(sample.labels) {
+                    slot.seen = true;
+                    slot.value += sample.value;
+                }
+            }
             Found::Sample(sample) => {
                 let info = matches!(wanted.what, What::Lora | What::CacheInfo);
                 let lora = wanted.what == What::Lora;
@@ -567,6 +631,8 @@ impl Engine {
             What::KvUsage | What::OldKvUsage => metrics.kv_usage = slot.value.clamp(0.0, 1.0),
             What::BlockSize => metrics.cache_block_tokens = count(slot.value),
             What::Blocks => metrics.cache_blocks = count(slot.value),
+            // Read where their last value is.
+            What::PrefixQueries | What::PrefixHits => {}
             What::Custom(key) => match metrics.custom.get_mut(key) {
                 Some(value) => *value = slot.value,
                 None => _ = metrics.custom.insert(key.clone(), slot.value),

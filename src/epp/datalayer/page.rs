@@ -37,12 +37,12 @@ pub struct Names {
     names: Vec<Box<[u8]>>,
     /// What all names begin with, bytes. Pages repeat it in nearly every line.
     common: usize,
-    /// What follows the common part in each name.
+    /// What follows the common part in the names, each once.
     keys: Vec<Key>,
 }
 
 /// Up to eight bytes of a name, to tell most lines apart with one comparison.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     word: u64,
     /// Bytes of `word` that are the name's.
@@ -76,7 +76,10 @@ impl Names {
         let first = names.first().map_or(&[][..], |name| &name[..]);
         let same = |name: &[u8]| first.iter().zip(name).take_while(|(a, b)| a == b).count();
         let common = names.iter().map(|name| same(name)).min().unwrap_or(0);
-        let keys = names.iter().map(|name| Key::new(&name[common..])).collect();
+        let mut keys: Vec<Key> = names.iter().map(|name| Key::new(&name[common..])).collect();
+        // One comparison for all names that begin alike.
+        keys.sort_unstable();
+        keys.dedup();
         Self { names, common, keys }
     }
 

@@ -43,6 +43,7 @@ struct Fake {
     produces: Option<Box<Produces>>,
     admits: Option<Box<Admits>>,
     hears: Option<Box<Hears>>,
+    wants_usage: bool,
 }
 
 impl fmt::Debug for Fake {
@@ -54,6 +55,9 @@ impl fmt::Debug for Fake {
 impl Plugin for Fake {
     fn type_name(&self) -> &'static str {
         "fake"
+    }
+    fn wants_usage(&self) -> bool {
+        self.wants_usage
     }
     fn filter(&self) -> Option<&dyn Filter> {
         self.keeps.is_some().then_some(self as _)
@@ -503,6 +507,34 @@ fn headers_may_name_another_model() {
     let quoted = [("X-Gateway-Model-Name-Rewrite", r#"a"b"#)];
     let routed = Bench::new(1).ready().routed(completion(&quoted));
     assert_eq!(routed.body.unwrap().concat(), br#"{"model":"a\"b","prompt":"hello"}"#);
+}
+
+#[test]
+fn streams_are_asked_for_usage_if_a_plugin_wants_it() {
+    #[track_caller]
+    fn check(wants_usage: bool, inbound: Inbound, want: Option<&str>) {
+        let fake = Fake { wants_usage, ..hearing(|_| Ok(None)) };
+        let routed = Bench::new(1)
+            .with(|parts| parts.pre_requests = vec![named("a", fake)])
+            .ready()
+            .routed(inbound);
+        let text = routed.body.map(|pieces| String::from_utf8(pieces.concat()).unwrap());
+        assert_eq!(text.as_deref(), want);
+        assert_eq!(routed.hides_usage, want.is_some_and(|text| text.contains("include_usage")));
+    }
+    let stream = |headers| body(r#"{"model":"m","prompt":"x","stream":true}"#, headers);
+    let with =
+        r#"{"stream_options":{"include_usage":true},"model":"m","prompt":"x","stream":true}"#;
+    check(true, stream(&[]), Some(with));
+    check(false, stream(&[]), None);
+    check(true, completion(&[]), None);
+    check(true, Inbound { response_hidden: true, ..stream(&[]) }, None);
+    let other = [("x-llm-d-model-name-rewrite", "t")];
+    check(true, stream(&other), Some(&with.replace("\"m\"", "\"t\"")));
+    let hidden = Inbound { response_hidden: true, ..stream(&other) };
+    check(true, hidden, Some(r#"{"model":"t","prompt":"x","stream":true}"#));
+    let own = r#"{"model":"m","prompt":"x","stream":true,"stream_options":{"include_usage":true}}"#;
+    check(true, body(own, &[]), None);
 }
 
 #[test]

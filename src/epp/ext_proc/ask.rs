@@ -54,6 +54,8 @@ pub struct Inbound {
     /// There is a body that we do not get to see, because Envoy sends none or sends it after the
     /// headers are answered: route it unread.
     pub body_hidden: bool,
+    /// We do not get to see the response's body, and cannot take anything out of it.
+    pub response_hidden: bool,
 }
 
 /// A rewritten body: slices of the received one and what replaces the rest.
@@ -77,6 +79,8 @@ pub struct Routed {
     pub target_model: String,
     /// The client asked for a stream: response chunks are passed on at once, whatever their type.
     pub stream: bool,
+    /// The usage of a stream is ours: the event that brings it does not reach the client.
+    pub hides_usage: bool,
     /// Nobody looks at the response: the exchange is finished once the request went on.
     pub skip_response: bool,
 }

@@ -9,6 +9,7 @@ use super::{
     ask::{Ask, ExchangeConfig, Facts, Inbound, Phase, Routed},
     body::{Gather, Pieces, join, length},
     headers::{DESTINATION, HeaderEdits, HeaderList, SIDECAR_HEADERS},
+    remove_usage::UsageRemover,
     reply::{LB_METADATA, Replies, Side, Sidecar, request_mutation, routing_metadata},
     restore::Restorer,
     usage::UsageScan,
@@ -42,6 +43,7 @@ pub struct Exchange {
     subset: Option<Vec<String>>,
     /// The client asked for a stream.
     stream: bool,
+    remover: Option<UsageRemover>,
     restorer: Option<Restorer>,
     usage: UsageScan,
     facts: Facts,
@@ -139,6 +141,7 @@ impl Exchange {
             response: ResponseState::Idle,
             subset: None,
             stream: false,
+            remover: None,
             restorer: None,
             usage: UsageScan::default(),
             facts: Facts::default(),
@@ -215,6 +218,7 @@ impl Exchange {
         self.facts.usage = self.usage.usage();
         self.request = RequestState::Over;
         self.response = ResponseState::Over;
+        self.remover = None;
         self.restorer = None;
         self.finished = true;
         &self.facts
@@ -233,7 +237,8 @@ impl Exchange {
         self.finished
     }
 
-    /// Bytes of bodies that are held back: at most the two limits, one message, and a model's name.
+    /// Bytes of bodies that are held back: at most the two limits, one message, a model's name, and the
+    /// beginning of an event.
     #[must_use]
     pub fn held_bytes(&self) -> usize {
         let request = match &self.request {
@@ -245,7 +250,8 @@ impl Exchange {
             ResponseState::Body { held: Some(held) } => held.bytes(),
             _ => 0,
         };
-        request + response + self.restorer.as_ref().map_or(0, Restorer::held_bytes)
+        let removed = self.remover.as_ref().map_or(0, UsageRemover::held_bytes);
+        request + response + removed + self.restorer.as_ref().map_or(0, Restorer::held_bytes)
     }
 
     fn is_asking(&self) -> bool {
@@ -363,7 +369,8 @@ impl Exchange {
         let sidecar = SIDECAR_HEADERS.map(|name| headers.has(name));
         self.request = RequestState::Asking(Pending { end, body: body.clone(), sidecar });
         let subset = self.subset.take();
-        Inbound { headers, body, subset, header_only: false, body_hidden: false }
+        let response_hidden = self.response_mode == Mode::None;
+        Inbound { headers, body, subset, header_only: false, body_hidden: false, response_hidden }
     }
 
     fn send_on(&mut self, pending: Pending, routed: Routed, replies: &mut Replies) {
@@ -405,6 +412,7 @@ impl Exchange {
         self.facts.phase = Phase::Routed;
         self.stream = routed.stream;
         self.finished = routed.skip_response;
+        self.remover = routed.hides_usage.then(UsageRemover::new);
         self.restorer = Restorer::new(&routed.target_model, &routed.incoming_model);
     }
 
@@ -463,11 +471,24 @@ impl Exchange {
         let duplex = self.response_mode == Mode::Duplex;
         let mut pieces = Pieces::new();
         let mut replaced = false;
-        match &mut self.restorer {
-            Some(restorer) => {
-                replaced = restorer.push(body, duplex && !end, &mut pieces);
+        match self.remover.as_mut().filter(|_| self.facts.streaming) {
+            Some(remover) => {
+                // A buffered body may come without its end, and then nothing follows.
+                let hold = !end && self.response_mode != Mode::Buffered;
+                replaced = remover.push(body, hold, &mut pieces);
             }
             None => pieces.push(body),
+        }
+        if let Some(restorer) = &mut self.restorer {
+            let last = pieces.len().saturating_sub(1);
+            for (at, piece) in std::mem::take(&mut pieces).into_iter().enumerate() {
+                let hold = duplex && !(end && at == last);
+                replaced |= restorer.push(piece, hold, &mut pieces);
+            }
+            let rest = if end { restorer.rest() } else { Bytes::new() };
+            if !rest.is_empty() {
+                pieces.push(rest);
+            }
         }
         match held {
             Some(held) => {
@@ -478,6 +499,8 @@ impl Exchange {
                     self.response = ResponseState::Body { held: None };
                 }
             }
+            // All of it is held back: nothing is to be said yet.
+            None if duplex && replaced && !end && length(&pieces) == 0 => {}
             None if duplex => replies.streamed(Side::Response, &pieces, end),
             None if replaced => {
                 let buffered = self.response_mode == Mode::Buffered;
@@ -495,8 +518,15 @@ impl Exchange {
             ResponseState::Idle => self.begin_response(false),
             ResponseState::Body { held } => {
                 let mut pieces = held.as_mut().map(Gather::take_pieces).unwrap_or_default();
-                pieces.extend(self.restorer.as_mut().map(Restorer::rest));
-                if length(&pieces) > 0 {
+                let rest = self.remover.as_mut().map(UsageRemover::rest).unwrap_or_default();
+                match &mut self.restorer {
+                    Some(restorer) => {
+                        restorer.push(rest, false, &mut pieces);
+                    }
+                    None => pieces.push(rest),
+                }
+                // In the other modes what was held back has no reply to go with.
+                if length(&pieces) > 0 && self.response_mode == Mode::Duplex {
                     replies.streamed(Side::Response, &pieces, false);
                 }
             }

@@ -23,6 +23,8 @@ use crate::{
 
 /// Namespace of the dynamic metadata that load balancing reads.
 pub(super) const LB_METADATA: &str = "envoy.lb";
+/// Namespace of the dynamic metadata that says how a request fared.
+const REPORT_METADATA: &str = "kv-indexer";
 /// Key in [`LB_METADATA`] of the endpoints' scores.
 const SCORES: &str = "x-gateway-destination-endpoint-scores";
 /// Marks every response that passed through here.
@@ -70,6 +72,20 @@ impl Replies {
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = &ProcessingResponse> {
         self.0.iter()
+    }
+
+    /// Adds these numbers to the last reply, as dynamic metadata in the namespace `kv-indexer`. Does
+    /// nothing if there are none of either.
+    pub fn report(&mut self, numbers: &[(&'static str, f64)]) {
+        let finite = numbers.iter().filter(|(_, number)| number.is_finite());
+        let fields: BTreeMap<_, _> = finite
+            .map(|&(name, number)| (name.to_owned(), value(Kind::NumberValue(number))))
+            .collect();
+        if let Some(last) = self.0.back_mut().filter(|_| !fields.is_empty()) {
+            let report = value(Kind::StructValue(Struct { fields }));
+            let metadata = last.dynamic_metadata.get_or_insert_default();
+            metadata.fields.insert(REPORT_METADATA.to_owned(), report);
+        }
     }
 
     fn push(&mut self, response: Response) {
@@ -240,9 +256,12 @@ pub(super) fn request_mutation(
     HeaderMutation { set_headers, remove_headers: remove.into_iter().map(str::to_owned).collect() }
 }
 
+fn value(kind: Kind) -> Value {
+    Value { kind: Some(kind) }
+}
+
 /// `envoy.lb`: the destination, and the scores if there are any.
 pub(super) fn routing_metadata(destination: &str, scores: Option<Vec<(String, f64)>>) -> Struct {
-    let value = |kind| Value { kind: Some(kind) };
     let record = |fields| value(Kind::StructValue(Struct { fields }));
     let destination = value(Kind::StringValue(destination.to_owned()));
     let mut fields = BTreeMap::from([(DESTINATION.to_owned(), destination)]);

@@ -9,17 +9,17 @@ use prometheus::{
 
 /// A name, what it means, and which labels it has, in alphabetical order.
 #[derive(Debug)]
-pub(super) struct Family {
-    pub(super) name: &'static str,
-    pub(super) kind: MetricType,
-    pub(super) help: &'static str,
-    pub(super) labels: &'static [&'static str],
+pub(in crate::epp) struct Family {
+    pub(in crate::epp) name: &'static str,
+    pub(in crate::epp) kind: MetricType,
+    pub(in crate::epp) help: &'static str,
+    pub(in crate::epp) labels: &'static [&'static str],
     /// The family that took over from this one, whose name goes into the help text.
-    pub(super) successor: Option<&'static str>,
+    pub(in crate::epp) successor: Option<&'static str>,
 }
 
 impl Family {
-    pub(super) const fn new(
+    pub(in crate::epp) const fn new(
         name: &'static str,
         kind: MetricType,
         labels: &'static [&'static str],
@@ -29,7 +29,7 @@ impl Family {
     }
 
     /// The same under an old name.
-    pub(super) const fn old(
+    pub(in crate::epp) const fn old(
         name: &'static str,
         successor: &Self,
         labels: &'static [&'static str],
@@ -47,13 +47,13 @@ impl Family {
     }
 
     /// What a registry wants to know.
-    pub(super) fn desc(&self) -> prometheus::Result<Desc> {
+    pub(in crate::epp) fn desc(&self) -> prometheus::Result<Desc> {
         let labels = self.labels.iter().map(|label| (*label).to_owned()).collect();
         Desc::new(self.name.to_owned(), self.help(), labels, HashMap::new())
     }
 
     /// One series; as many values as the family has labels.
-    pub(super) fn series(&self, values: &[&str], value: impl Into<Value>) -> Metric {
+    pub(in crate::epp) fn series(&self, values: &[&str], value: impl Into<Value>) -> Metric {
         let pair = |(name, value): (&&str, &&str)| {
             let mut pair = LabelPair::default();
             pair.set_name((*name).to_owned());
@@ -78,7 +78,7 @@ impl Family {
     }
 
     /// The family with its series.
-    pub(super) fn with(&self, series: Vec<Metric>) -> MetricFamily {
+    pub(in crate::epp) fn with(&self, series: Vec<Metric>) -> MetricFamily {
         let mut family = MetricFamily::default();
         family.set_name(self.name.to_owned());
         family.set_help(self.help());
@@ -89,7 +89,7 @@ impl Family {
 }
 
 /// What a series says.
-pub(super) enum Value {
+pub(in crate::epp) enum Value {
     Number(f64),
     Histogram(proto::Histogram),
 }

@@ -43,6 +43,19 @@ const SCRAPE_AGE: Family = Family::new(
     "Age of what is known of the endpoint's load; absent if nothing ever was.",
 );
 
+const PREFIX_QUERIES: Family = Family::new(
+    "epp_engine_prefix_cache_queries_tokens_total",
+    MetricType::COUNTER,
+    &["endpoint"],
+    "Prompt tokens that the endpoint's engine looked up in its prefix cache, by its own metrics.",
+);
+const PREFIX_HITS: Family = Family::new(
+    "epp_engine_prefix_cache_hits_tokens_total",
+    MetricType::COUNTER,
+    &["endpoint"],
+    "Prompt tokens that the endpoint's engine found in its prefix cache, by its own metrics.",
+);
+
 const POOL: &[&str] = &["name"];
 
 const READY: Family = Family::new(
@@ -121,9 +134,19 @@ const AVERAGED: [Averaged; 3] = [
     (&MEAN_RUNNING, &MEAN_RUNNING_OLD, &DEVIATION_RUNNING, |metrics| metrics.running as f64),
 ];
 
+/// A counter of an engine's.
+type EngineCount = (&'static Family, fn(&Metrics) -> u64);
+
+/// What engines say of their prefix caches.
+const PREFIX_CACHE: [EngineCount; 2] = [
+    (&PREFIX_QUERIES, |metrics| metrics.prefix_queries),
+    (&PREFIX_HITS, |metrics| metrics.prefix_hits),
+];
+
 /// All families of this file.
 pub(super) fn families(old_names: bool) -> Vec<&'static Family> {
-    let mut families = vec![&ATTEMPTS, &PICKS, &SCRAPE_AGE, &READY, &QUEUE];
+    let mut families =
+        vec![&ATTEMPTS, &PICKS, &SCRAPE_AGE, &PREFIX_QUERIES, &PREFIX_HITS, &READY, &QUEUE];
     families.extend(AVERAGED.iter().flat_map(|(mean, _, deviation, _)| [*mean, *deviation]));
     if old_names {
         families.extend([&ATTEMPTS_OLD, &READY_OLD, &QUEUE_OLD]);
@@ -303,6 +326,14 @@ impl Pool {
             age.map(|age| SCRAPE_AGE.series(&[&name], age.as_secs_f64()))
         };
         into.push(SCRAPE_AGE.with(known.iter().filter_map(age).collect()));
+        for (family, read) in PREFIX_CACHE {
+            let tokens = |(endpoint, metrics, _): &(&Endpoint, Arc<Metrics>, _)| {
+                family.series(&[&endpoint.info().name.to_string()], read(metrics))
+            };
+            // Engines without such metrics have no series.
+            let reports = known.iter().filter(|(_, metrics, _)| metrics.prefix_queries > 0);
+            into.push(family.with(reports.map(tokens).collect()));
+        }
     }
 }
 

@@ -269,9 +269,19 @@ fn the_pool_is_averaged_over_endpoints_with_fresh_metrics() {
             running: 2 * waiting,
             kv_usage,
             updated,
+            prefix_queries: 100 * (waiting % 2),
+            prefix_hits: 40 * (waiting % 2),
             ..Metrics::default()
         });
     }
+    check(
+        &registry,
+        &[
+            r#"epp_engine_prefix_cache_queries_tokens_total{endpoint="ns/a"} 100"#,
+            r#"epp_engine_prefix_cache_hits_tokens_total{endpoint="ns/a"} 40"#,
+        ],
+    );
+    check_absent(&registry, &[r#"epp_engine_prefix_cache_hits_tokens_total{endpoint="ns/b"}"#]);
     check(
         &registry,
         &[
@@ -394,7 +404,8 @@ fn families_are_declared_as_they_are_reported() {
         let endpoints = Arc::new(Endpoints::new());
         endpoints.upsert(info("ns", "a", 1));
         let endpoint = Arc::clone(&endpoints.list()[0]);
-        endpoint.set_metrics(Metrics { updated: Some(Instant::now()), ..Metrics::default() });
+        let updated = Some(Instant::now());
+        endpoint.set_metrics(Metrics { updated, prefix_queries: 1, ..Metrics::default() });
         metrics.watch("pool", &endpoints);
         let row = metrics.request(&LABELS);
         _ = row.routed(1);

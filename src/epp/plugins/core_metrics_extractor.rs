@@ -115,6 +115,8 @@ fn engine(fields: Fields<'_>) -> EngineConfig {
         blocks_label: fields.string("cacheNumBlocksLabelName"),
         block_size: spec("cacheBlockSizeSpec"),
         blocks: spec("cacheNumBlocksSpec"),
+        prefix_queries: Vec::new(),
+        prefix_hits: Vec::new(),
         custom: fields.each("customMetrics").into_iter().filter_map(custom).collect(),
     };
     fields.finish();
@@ -223,6 +225,8 @@ engineConfigs:
             blocks_label: Some("n".to_owned()),
             block_size: spec("bs"),
             blocks: spec("bn"),
+            prefix_queries: Vec::new(),
+            prefix_hits: Vec::new(),
             custom: vec![("k".to_owned(), spec("m{x=y}").unwrap())],
         };
         assert_eq!(extractor.config.engines, [vllm]);

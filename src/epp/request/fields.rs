@@ -13,13 +13,68 @@ use std::{borrow::Cow, ops::Range};
 use smallvec::SmallVec;
 
 use super::{
-    Api, ParseError, Parsed, PromptForm, PromptSpan,
+    Api, Edit, ParseError, Parsed, PromptForm, PromptSpan,
     json::{JsonError, Kind, Scanner, Text, Value, float, to_string},
     shapes::{
         CHAT, COMPLETIONS, CONVERSATIONS, Check, Checked, EMBEDDINGS, Field, GENERATE, IMAGES,
         MESSAGES, RESPONSES, Record, SGLANG, Want, lookup,
     },
 };
+
+/// What a body says of `stream_options.include_usage`.
+#[derive(Debug)]
+enum Options {
+    /// There are no options.
+    Missing,
+    /// They are null.
+    Null(Range<usize>),
+    /// They are an object with nothing in it; where its brace is.
+    Empty(usize),
+    /// They say nothing of usage; where their brace is.
+    Without(usize),
+    /// False or null, and where that stands.
+    No(Range<usize>),
+    /// Asked for; or no boolean, which is the engine's to judge; or the client wants usage with every
+    /// chunk as soon as it is asked for, which could not be taken out again.
+    Settled,
+}
+
+impl Options {
+    /// Reads the value of `stream_options`.
+    fn read(scanner: &mut Scanner<'_>) -> Result<Self, JsonError> {
+        match scanner.kind() {
+            Some(Kind::Object) => {}
+            Some(Kind::Null) => return Ok(Self::Null(scanner.value()?.span)),
+            _ => return scanner.value().map(|_| Self::Settled),
+        }
+        let brace = scanner.at();
+        let mut found = Self::Empty(brace);
+        let mut continuous = false;
+        scanner.fields(|scanner, key| {
+            let name = scanner.unescaped(&key);
+            let Value { kind, span } = scanner.value()?;
+            found = match (&*name, kind) {
+                (b"include_usage", Kind::False | Kind::Null) => Self::No(span),
+                (b"include_usage", _) => Self::Settled,
+                (b"continuous_usage_stats", kind) => {
+                    continuous = kind != Kind::False && kind != Kind::Null;
+                    std::mem::replace(&mut found, Self::Settled).with_more(brace)
+                }
+                _ => std::mem::replace(&mut found, Self::Settled).with_more(brace),
+            };
+            Ok(())
+        })?;
+        Ok(if continuous { Self::Settled } else { found })
+    }
+
+    /// The same after another option.
+    fn with_more(self, brace: usize) -> Self {
+        match self {
+            Self::Empty(_) => Self::Without(brace),
+            other => other,
+        }
+    }
+}
 
 /// What an API is about.
 struct Rules {
@@ -154,6 +209,7 @@ struct Found<'a> {
     /// `system` or `instructions`.
     system: Option<Value>,
     tools: Option<Range<usize>>,
+    options: Options,
     salt: Option<Text>,
     salt_fault: bool,
     /// SGLang's `text`.
@@ -173,6 +229,7 @@ impl<'a> Found<'a> {
             prompt_fault: None,
             system: None,
             tools: None,
+            options: Options::Missing,
             salt: None,
             salt_fault: false,
             text: None,
@@ -198,6 +255,10 @@ impl<'a> Found<'a> {
         let sglang = self.rules.record.go == SGLANG.go;
         if &*name == b"stream" && !sglang {
             self.stream = scanner.value()?.kind == Kind::True;
+            return Ok(());
+        }
+        if &*name == b"stream_options" && self.reports_usage_on_demand() {
+            self.options = Options::read(scanner)?;
             return Ok(());
         }
         // vLLM's generate has its limit in a map inside the map.
@@ -366,6 +427,32 @@ impl<'a> Found<'a> {
         })
     }
 
+    /// Is this an API whose streams report their tokens if they are asked to?
+    fn reports_usage_on_demand(&self) -> bool {
+        self.rules.record.go == COMPLETIONS.go || self.rules.record.go == CHAT.go
+    }
+
+    /// What has to change so that a stream reports its tokens.
+    fn usage_edit(&self) -> Option<Edit> {
+        if !self.stream || !self.reports_usage_on_demand() {
+            return None;
+        }
+        let place = |at: usize| at..at;
+        let (span, text) = match &self.options {
+            Options::Missing => {
+                // A body with a prompt has keys that may follow.
+                let brace = memchr::memchr(b'{', self.body)?;
+                (place(brace + 1), r#""stream_options":{"include_usage":true},"#)
+            }
+            Options::Null(span) => (span.clone(), r#"{"include_usage":true}"#),
+            Options::Empty(brace) => (place(brace + 1), r#""include_usage":true"#),
+            Options::Without(brace) => (place(brace + 1), r#""include_usage":true,"#),
+            Options::No(span) => (span.clone(), "true"),
+            Options::Settled => return None,
+        };
+        Some(Edit { span, text })
+    }
+
     fn into_parsed(self, api: Api) -> Result<Parsed, ParseError> {
         let missing = || ParseError::Field(self.rules.missing.into());
         if let Some(text) = &self.check.wrong {
@@ -374,6 +461,7 @@ impl<'a> Found<'a> {
                 None => missing(),
             });
         }
+        let usage_edit = self.usage_edit();
         let prompt = self.prompt.or(self.text);
         if prompt.is_none() && self.prompt_fault.is_none() {
             return Err(missing());
@@ -409,6 +497,7 @@ impl<'a> Found<'a> {
             cache_salt: self.salt.as_ref().map(string).filter(|salt| !salt.is_empty()),
             prompt: spans,
             tools: self.tools,
+            usage_edit,
             multimodal: self.check.multimodal,
         })
     }

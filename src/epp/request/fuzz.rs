@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 
-use super::{Api, Parsed, ParserKind, Parsers, Route, estimate_tokens, splice_model};
+use super::{Api, Changes, Parsed, ParserKind, Parsers, Route, estimate_tokens, splice};
 
 /// APIs by the first byte of the fuzzer's data.
 const APIS: [&str; 10] = [
@@ -58,12 +58,14 @@ fn holds_together(parsed: &Parsed, body: &Bytes, route: Route) {
         assert_eq!(&tokens[1..], &ids[..ids.len().min(64)]);
     }
 
-    let spliced = splice_model(parsed, body, "a \"target\"").concat();
+    let changes = Changes { model: Some("a \"target\""), usage: true };
+    let spliced = splice(parsed, body, changes).concat();
     if parsed.api.has_model() {
         let again = route.read(&spliced);
         assert!(again.is_ok(), "a spliced body is read as before: {again:?}");
         let Ok(again) = again else { return };
         assert_eq!(again.model, "a \"target\"");
+        assert_eq!(again.usage_edit, None, "asked for once");
         assert_eq!(again.prompt.len(), parsed.prompt.len());
         assert_eq!(again.prompt_bytes(&spliced), parsed.prompt_bytes(body));
         assert_eq!(

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 
 use super::{
-    Api, ParseError, Parsed, ParserKind, Parsers, PromptForm, Route, estimate_tokens, fuzz,
-    request_path, splice_model,
+    Api, Changes, ParseError, Parsed, ParserKind, Parsers, PromptForm, Route, estimate_tokens,
+    fuzz, request_path, splice,
 };
 use crate::epp::ext_proc::headers::HeaderList;
 
@@ -134,9 +134,9 @@ fn models_are_spliced() {
     fn check(path: &str, body: &str, target: &str, want: &str) {
         let body = Bytes::copy_from_slice(body.as_bytes());
         let found = parse(path, &body).unwrap();
-        let parts = splice_model(&found, &body, target);
+        let parts = splice(&found, &body, Changes { model: Some(target), usage: false });
         assert_eq!(String::from_utf8(parts.concat()).unwrap(), want);
-        for outer in [&parts[0], &parts[2]] {
+        for outer in parts.iter().step_by(2) {
             let range = body.as_ptr_range();
             assert!(outer.is_empty() || range.contains(&outer.as_ptr()), "a slice, no copy");
         }
@@ -169,5 +169,105 @@ fn models_are_spliced() {
     // Another body than the one that was read.
     let body = Bytes::from_static(b"{}");
     let found = parsed(c, r#"{"prompt":"x","model":"m"}"#);
-    assert_eq!(splice_model(&found, &body, "m2").concat(), b"{}");
+    assert_eq!(splice(&found, &body, Changes { model: Some("m2"), usage: true }).concat(), b"{}");
+}
+
+#[test]
+fn streams_are_asked_for_their_usage() {
+    #[track_caller]
+    fn check(path: &str, body: &str, want: Option<&str>) {
+        let body = Bytes::copy_from_slice(body.as_bytes());
+        let found = parse(path, &body).unwrap();
+        let changed = splice(&found, &body, Changes { model: None, usage: true }).concat();
+        assert_eq!(String::from_utf8(changed.clone()).unwrap(), want.unwrap_or(str(&body)));
+        assert_eq!(found.usage_edit.is_some(), want.is_some());
+        assert_eq!(splice(&found, &body, Changes::default()).concat(), body);
+        let again = parse(path, &changed).unwrap();
+        assert_eq!(again.usage_edit, None, "once is enough");
+        assert_eq!(again.prompt_bytes(&changed), found.prompt_bytes(&body));
+    }
+    fn str(body: &[u8]) -> &str {
+        std::str::from_utf8(body).unwrap()
+    }
+    let c = "/v1/completions";
+    check(
+        c,
+        r#" { "prompt":"x", "stream" : true}"#,
+        Some(r#" {"stream_options":{"include_usage":true}, "prompt":"x", "stream" : true}"#),
+    );
+    check(
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"user","content":"x"}],"stream":true}"#,
+        Some(
+            r#"{"stream_options":{"include_usage":true},"messages":[{"role":"user","content":"x"}],"stream":true}"#,
+        ),
+    );
+    // Behind the prompt and the stream: where the options stand does not matter.
+    let with =
+        |options: &str| format!(r#"{{"stream_options":{options},"prompt":"x","stream":true}}"#);
+    for (options, want) in [
+        ("null", Some(r#"{"include_usage":true}"#)),
+        ("{}", Some(r#"{"include_usage":true}"#)),
+        ("{ }", Some(r#"{"include_usage":true }"#)),
+        (r#"{"a": 1}"#, Some(r#"{"include_usage":true,"a": 1}"#)),
+        (r#"{"include_usage" : false}"#, Some(r#"{"include_usage" : true}"#)),
+        (r#"{"a":1,"include_usage":null,"b":{}}"#, Some(r#"{"a":1,"include_usage":true,"b":{}}"#)),
+        (r#"{"include_\u0075sage":false}"#, Some(r#"{"include_\u0075sage":true}"#)),
+        (
+            r#"{"include_usage":true,"include_usage":false}"#,
+            Some(r#"{"include_usage":true,"include_usage":true}"#),
+        ),
+        (
+            r#"{"continuous_usage_stats":false}"#,
+            Some(r#"{"include_usage":true,"continuous_usage_stats":false}"#),
+        ),
+        (r#"{"include_usage":true}"#, None),
+        (r#"{"include_usage":false,"include_usage":true,"a":2}"#, None),
+        (r#"{"include_usage":"yes"}"#, None),
+        (r#"{"include_usage":false,"continuous_usage_stats":true}"#, None),
+        (r#"{"continuous_usage_stats":true,"a":1}"#, None),
+        ("[]", None),
+        ("true", None),
+    ] {
+        check(c, &with(options), want.map(with).as_deref());
+    }
+    // The last one counts.
+    check(
+        c,
+        r#"{"stream_options":{"include_usage":true},"stream_options":null,"prompt":"x","stream":true}"#,
+        Some(
+            r#"{"stream_options":{"include_usage":true},"stream_options":{"include_usage":true},"prompt":"x","stream":true}"#,
+        ),
+    );
+    for no_stream in [r#"{"prompt":"x"}"#, r#"{"prompt":"x","stream":false,"stream_options":null}"#]
+    {
+        check(c, no_stream, None);
+    }
+    check("/v1/responses", r#"{"input":"x","stream":true}"#, None);
+    let messages = r#"{"model":"m","messages":[{"role":"user","content":"x"}],"stream":true}"#;
+    check("/v1/messages", messages, None);
+    check("/generate", r#"{"input_ids":[1],"stream":true}"#, None);
+}
+
+#[test]
+fn a_model_and_the_demand_for_usage_go_together() {
+    #[track_caller]
+    fn check(body: &str, want: &str) {
+        let body = Bytes::copy_from_slice(body.as_bytes());
+        let found = parse("/v1/completions", &body).unwrap();
+        let changed = splice(&found, &body, Changes { model: Some("t"), usage: true });
+        assert_eq!(String::from_utf8(changed.concat()).unwrap(), want);
+    }
+    check(
+        r#"{"prompt":"x","stream":true}"#,
+        r#"{"model":"t","stream_options":{"include_usage":true},"prompt":"x","stream":true}"#,
+    );
+    check(
+        r#"{"stream_options":{},"model":"m","prompt":"x","stream":true}"#,
+        r#"{"stream_options":{"include_usage":true},"model":"t","prompt":"x","stream":true}"#,
+    );
+    check(
+        r#"{"model":"m","prompt":"x","stream_options":{"include_usage":false},"stream":true}"#,
+        r#"{"model":"t","prompt":"x","stream_options":{"include_usage":true},"stream":true}"#,
+    );
 }

@@ -140,6 +140,7 @@ pub(crate) fn request(model: &str, prompt: &str) -> InferenceRequest {
             cache_salt: None,
             prompt: spans,
             tools: None,
+            usage_edit: None,
             multimodal: false,
         },
         body: Bytes::from(body),

@@ -232,3 +232,42 @@ fn specifications_are_read_as_in_go() {
         assert!(MetricSpec::parse(wrong).is_err(), "{wrong}");
     }
 }
+
+#[test]
+fn the_prefix_cache_is_counted_from_page_to_page() {
+    let mut reader = reader("vllm");
+    let mut metrics = Metrics::default();
+    let mut page = |lines: &str, want: (u64, u64)| {
+        read(&mut reader, &format!("{VLLM}{lines}\n"), &mut metrics);
+        assert_eq!((metrics.prefix_queries, metrics.prefix_hits), want, "{lines}");
+    };
+    let of = |queries: &[f64], hits: f64| {
+        let mut text = format!("vllm:prefix_cache_hits_total{{engine=\"0\"}} {hits}\n");
+        for (engine, queries) in queries.iter().enumerate() {
+            let line =
+                format!("vllm:prefix_cache_queries_total{{engine=\"{engine}\"}} {queries}\n");
+            text.push_str(&line);
+            text.push_str(&line.replace("_total", "_created"));
+        }
+        text
+    };
+    page(&of(&[1000.0], 500.0), (0, 0));
+    page(&of(&[1100.0], 516.0), (100, 16));
+    page("", (100, 16));
+    page(&of(&[1150.0], 516.0), (150, 16));
+    // The engine has started over.
+    page(&of(&[30.0], 10.0), (180, 26));
+    page(&of(&[30.0], f64::NAN), (180, 26));
+    page(&of(&[30.0], 12.0), (180, 28));
+    // Ranks are added up.
+    page(&of(&[40.0, 5.0], 12.0), (195, 28));
+    page(&of(&[41.0, 15.0], 12.0), (206, 28));
+    // Of two names the new one counts; the old one alone is as good.
+    let old = |tokens: u32| format!("vllm:gpu_prefix_cache_queries_total {tokens}\n");
+    page(&format!("{}{}", old(7000), of(&[41.0, 15.0], 12.0)), (206, 28));
+    page(&format!("{}{}", of(&[41.0, 16.0], 12.0), old(7007)), (207, 28));
+    page(&old(7010), (210, 28));
+    // No engine has to have one, and one that has is no fault.
+    let mut reader = self::reader("vllm");
+    assert_eq!(read(&mut reader, &format!("{VLLM}{}", of(&[1.0], 1.0)), &mut metrics), (7, 0));
+}

@@ -1,7 +1,10 @@
 //! Responses: streams, whole ones, usage, names written back.
 
 use super::{dialect::*, *};
-use crate::epp::ext_proc::{Phase, Usage};
+use crate::{
+    epp::ext_proc::{Phase, Usage},
+    proto::ext_proc::BodySendMode,
+};
 
 const MARKED: &str = "response headers x-went-into-resp-headers=true";
 
@@ -56,6 +59,81 @@ fn a_stream_is_what_the_client_asked_for_too() {
     let talk = routed(messages, |_| Ok(Routed { stream: true, ..Routed::to("a:1") }));
     assert_eq!(talk.said[2..], [MARKED, "response body `a`"]);
     assert!(talk.facts.streaming && !talk.facts.ended && talk.facts.phase == Phase::Responding);
+}
+
+/// A stream whose usage nobody asked for, in this mode, and the report at its end.
+fn hidden(mode: i32, messages: Vec<ProcessingRequest>) -> Talk {
+    let mut first = request_headers(&[]);
+    first.protocol_config = Some(crate::proto::ext_proc::ProtocolConfiguration {
+        request_body_mode: BodySendMode::FullDuplexStreamed as i32,
+        response_body_mode: mode,
+    });
+    let messages = [first, request_end("{}")].into_iter().chain(messages).collect();
+    let mut talk = routed(messages, |_| {
+        Ok(Routed { stream: true, hides_usage: true, ..Routed::to("192.168.1.2:8000") })
+    });
+    talk.said.drain(..2);
+    talk
+}
+
+#[test]
+fn usage_that_nobody_asked_for_is_taken_out() {
+    const FIRST: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n";
+    const LAST: &str =
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"total_tokens\":5}}\n\n";
+    const DONE: &str = "data: [DONE]\n\n";
+    let usage = Some(Usage { prompt: 3, completion: 0, total: 5, cached: None });
+    let parts = || {
+        let (one, two) = LAST.split_at(20);
+        let tail = format!("{two}{DONE}");
+        let first = format!("{FIRST}{one}");
+        vec![events(), response_body(first), response_body(tail), response_end("")]
+    };
+    let talk = hidden(BodySendMode::FullDuplexStreamed as i32, parts());
+    let (first, done) = (format!("response body `{FIRST}`"), format!("response body `{DONE}`"));
+    check(&talk, &[MARKED, &first, &done, "response body `` end"]);
+    assert_eq!(talk.facts.usage, usage);
+
+    // Nothing is said while all of it is held back.
+    let whole = vec![events(), response_body(&LAST[..20]), response_end(&LAST[20..])];
+    let talk = hidden(BodySendMode::FullDuplexStreamed as i32, whole);
+    check(&talk, &[MARKED, "response body `` end"]);
+    let trailers = vec![events(), response_body(&FIRST[..9]), response_trailers()];
+    let talk = hidden(BodySendMode::FullDuplexStreamed as i32, trailers);
+    check(&talk, &[MARKED, "response body `data: {\"c`", "response trailers"]);
+
+    // One reply per chunk.
+    let talk = hidden(BodySendMode::Streamed as i32, parts());
+    assert_eq!((talk.said.len(), talk.facts.usage), (4, usage), "{:?}", talk.said);
+    assert!(talk.said[1].contains(FIRST) && !talk.said[1].contains("\"choices\":[]"));
+    assert!(talk.said[2].contains(DONE) && !talk.said[2].contains("usage"), "{:?}", talk.said);
+
+    let buffered = vec![events(), response_end(format!("{FIRST}{LAST}{DONE}"))];
+    let talk = hidden(BodySendMode::Buffered as i32, buffered);
+    assert_eq!((talk.said.len(), talk.facts.usage), (2, usage));
+    assert!(talk.said[1].contains(&format!("{FIRST}{DONE}")), "{:?}", talk.said);
+    let length = format!("Content-Length={}", FIRST.len() + DONE.len());
+    assert!(talk.said[1].to_lowercase().contains(&length.to_lowercase()), "{:?}", talk.said);
+}
+
+#[test]
+fn a_report_goes_out_with_the_last_reply() {
+    let mut replies = Replies::new();
+    replies.report(&[("a", 1.0)]);
+    assert!(replies.is_empty(), "there is nothing to go with");
+    let mut exchange = Exchange::new(&Arc::default());
+    exchange.receive(events(), &mut replies);
+    exchange.response_headers(HeaderEdits::new(), &mut replies);
+    exchange.receive(response_end("a"), &mut replies);
+    replies.report(&[]);
+    assert!(replies.iter().all(|reply| reply.dynamic_metadata.is_none()));
+    replies.report(&[("actual", 48.0), ("predicted", f64::NAN)]);
+    let first = replies.pop().unwrap();
+    assert_eq!(first.dynamic_metadata, None);
+    let metadata = replies.pop().unwrap().dynamic_metadata.unwrap();
+    let text = format!("{metadata:?}");
+    assert!(text.contains("\"kv-indexer\"") && text.contains("\"actual\""), "{text}");
+    assert!(text.contains("48.0") && !text.contains("predicted"), "{text}");
 }
 
 #[test]
