@@ -20,7 +20,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     task::Poll,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -50,8 +50,6 @@ const FAIRNESS: [&str; 2] = ["x-llm-d-inference-fairness-id", "x-gateway-inferen
 const REWRITE: [&str; 2] = ["x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"];
 /// Flow of requests that name none.
 const DEFAULT_FLOW: &str = "default-flow";
-/// How long one producer may keep a request waiting.
-const PRODUCER_DEADLINE: Duration = Duration::from_millis(400);
 
 /// Labels of requests of which nothing is known.
 pub(super) const NOBODY: RequestLabels<'_> =
@@ -414,7 +412,7 @@ impl Director {
                     let poll = || waiting.as_mut().poll(context);
                     guarded(&request.id, name, poll).unwrap_or(Poll::Ready(()))
                 })
-                && tokio::time::timeout(PRODUCER_DEADLINE, waiting).await.is_err()
+                && tokio::time::timeout(producer.deadline(), waiting).await.is_err()
             {
                 tracing::warn!(
                     plugin = %configured.name,

@@ -19,6 +19,8 @@ pub mod load_aware_scorer;
 pub mod lora_affinity_scorer;
 pub mod max_score_picker;
 pub mod metrics_data_source;
+pub mod no_hit_lru_scorer;
+pub mod overload_filter;
 pub mod pd_profile_handler;
 pub mod precise_prefix_cache_producer;
 pub mod precise_prefix_cache_scorer;

@@ -10,7 +10,14 @@
 //! Hooks outside of profiles ([`DataProducer`], [`Admitter`], [`PreRequest`]) run for **every** plugin
 //! of the configuration that has them, whether or not a profile names it.
 
-use std::{any::Any, fmt, future::Future, pin::Pin, sync::Arc, time::Instant};
+use std::{
+    any::Any,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use smallvec::SmallVec;
 use tokio_util::sync::CancellationToken;
@@ -255,14 +262,23 @@ pub trait DataProducer {
     fn produces(&self, name: &Arc<str>) -> Vec<DataKey>;
 
     /// Writes into `produced`, under the plugin's configured name where the data has one. Returns a
-    /// future if it has to wait for somebody; it is dropped at the producer's deadline (400 ms).
+    /// future if it has to wait for somebody; it is dropped at the producer's
+    /// [deadline](Self::deadline).
     fn produce<'a>(
         &'a self,
         request: &'a InferenceRequest,
         endpoints: &'a [Arc<Endpoint>],
         produced: &'a mut Produced,
     ) -> Option<BoxFuture<'a, ()>>;
+
+    /// How long it may keep one request waiting: 400 ms unless it says otherwise.
+    fn deadline(&self) -> Duration {
+        PRODUCER_DEADLINE
+    }
 }
+
+/// How long a data producer may keep one request waiting by default.
+pub const PRODUCER_DEADLINE: Duration = Duration::from_millis(400);
 
 /// May refuse a request before scheduling.
 pub trait Admitter {

@@ -3,7 +3,9 @@
 use prost::Message;
 use tonic::{Code, Status};
 
-use crate::{indexer::registry::RegistryError, ingest::speculation::TooMany, tokenize::TokenizeError};
+use crate::{
+    indexer::registry::RegistryError, ingest::speculation::TooMany, tokenize::TokenizeError,
+};
 
 /// Longest piece of a caller's text that a message repeats, in bytes. Statuses travel in HTTP/2
 /// headers, which clients bound (8 KiB is common).

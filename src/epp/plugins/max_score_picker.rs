@@ -6,9 +6,13 @@
 //!
 //! So equal scores are picked with equal probability; scores are compared exactly. Parameter
 //! `maxNumOfEndpoints` (default 1; not positive = 1): more than one gives a list, best first, for
-//! gateways that retry.
+//! gateways that retry. `seed` (integer, default none): the nth pick of equal scores is the same one in
+//! every run; without it runs differ.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use super::{Building, Registration, Stability};
 use crate::{
@@ -25,7 +29,8 @@ pub const REGISTRATION: Registration = Registration {
 };
 
 fn build(params: &Fields<'_>, _: &dyn Building) -> Option<Arc<dyn Plugin>> {
-    Some(Arc::new(MaxScorePicker { max: max_endpoints(params) }))
+    let seed = params.integer("seed", 0..=u64::MAX).map(AtomicU64::new);
+    Some(Arc::new(MaxScorePicker { max: max_endpoints(params), seed }))
 }
 
 /// `maxNumOfEndpoints` of all pickers: at least 1.
@@ -35,15 +40,17 @@ pub(super) fn max_endpoints(params: &Fields<'_>) -> usize {
 }
 
 /// Picks the endpoints with the highest sums of scores.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct MaxScorePicker {
     max: usize,
+    /// Seed of the next pick, if picks can be repeated.
+    seed: Option<AtomicU64>,
 }
 
 impl Default for MaxScorePicker {
     /// One endpoint.
     fn default() -> Self {
-        Self { max: 1 }
+        Self { max: 1, seed: None }
     }
 }
 
@@ -58,7 +65,13 @@ impl Plugin for MaxScorePicker {
 
 impl Picker for MaxScorePicker {
     fn pick(&self, _: &Cycle<'_>, scored: &mut [Scored]) -> Vec<usize> {
-        best(scored, self.max, &mut fastrand::Rng::new())
+        /// Seeds that follow each other differ in about half of their bits.
+        const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+        let mut random = match &self.seed {
+            Some(seed) => fastrand::Rng::with_seed(seed.fetch_add(STEP, Ordering::Relaxed)),
+            None => fastrand::Rng::new(),
+        };
+        best(scored, self.max, &mut random)
     }
 }
 
@@ -131,6 +144,24 @@ mod tests {
             assert_eq!((counts[1], counts[3]), (0, 0));
             // 2000 expected, standard deviation 37.
             assert!([0, 2, 4].iter().all(|&at| counts[at].abs_diff(2000) < 200), "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn seeded_picks_can_be_repeated() {
+        let picks = |params: Value| -> Vec<usize> {
+            let picker = build(REGISTRATION, params).unwrap();
+            let rig = Rig::new(vec![scraped(); 4]);
+            let pick = || picker.picker().unwrap().pick(&rig.cycle(), &mut scored(&[1.0; 4]))[0];
+            (0..4000).map(|_| pick()).collect()
+        };
+        let seven = picks(json!({"seed": 7}));
+        assert_eq!(seven, picks(json!({"seed": 7})));
+        assert_ne!(seven, picks(json!({"seed": 8})));
+        for pod in 0..4 {
+            let times = seven.iter().filter(|&&picked| picked == pod).count();
+            // 1000 expected, standard deviation 27.
+            assert!(times.abs_diff(1000) < 160, "{pod}: {times}");
         }
     }
 

@@ -16,10 +16,10 @@ use crate::{
             approx_prefix_cache_producer, by_label_filter, core_metrics_extractor, decode_filter,
             disagg_profile_handler, encode_filter, file_discovery, inflight_load_producer,
             kv_cache_utilization_scorer, load_aware_scorer, lora_affinity_scorer, max_score_picker,
-            metrics_data_source, pd_profile_handler, precise_prefix_cache_producer,
-            precise_prefix_cache_scorer, prefill_filter, prefill_header_handler,
-            prefix_based_pd_decider, prefix_cache_scorer, queue_scorer, random_picker,
-            running_requests_size_scorer, single_profile_handler, token_load_scorer,
+            metrics_data_source, no_hit_lru_scorer, overload_filter, pd_profile_handler,
+            precise_prefix_cache_producer, precise_prefix_cache_scorer, prefill_filter,
+            prefill_header_handler, prefix_based_pd_decider, prefix_cache_scorer, queue_scorer,
+            random_picker, running_requests_size_scorer, single_profile_handler, token_load_scorer,
             utilization_detector, weighted_random_picker,
         },
         scheduling::Plugin,
@@ -151,6 +151,7 @@ fn built() -> Vec<Registration> {
         prefill_filter::REGISTRATION,
         encode_filter::REGISTRATION,
         by_label_filter::REGISTRATION,
+        overload_filter::REGISTRATION,
         // Scorers.
         kv_cache_utilization_scorer::REGISTRATION,
         queue_scorer::REGISTRATION,
@@ -161,6 +162,7 @@ fn built() -> Vec<Registration> {
         prefix_cache_scorer::REGISTRATION,
         precise_prefix_cache_scorer::REGISTRATION,
         lora_affinity_scorer::REGISTRATION,
+        no_hit_lru_scorer::REGISTRATION,
         // Pickers.
         max_score_picker::REGISTRATION,
         random_picker::REGISTRATION,
@@ -195,7 +197,7 @@ fn built() -> Vec<Registration> {
 }
 
 /// Known types without a file.
-const NOT_BUILT: [Registration; 56] = [
+const NOT_BUILT: [Registration; 55] = [
     // Filters.
     later("prefix-cache-affinity-filter"),
     later("slo-headroom-tier-filter"),
@@ -206,7 +208,6 @@ const NOT_BUILT: [Registration; 56] = [
     later_alpha("utilization-filter"),
     later_alpha("multicluster-session-affinity-filter"),
     // Scorers.
-    later("no-hit-lru-scorer"),
     later("context-length-aware"),
     later("latency-scorer"),
     later("mm-embeddings-cache-scorer"),

@@ -39,7 +39,7 @@ const EXAMPLES: [(&str, Becomes); 36] = [
     ("sim-kvcache", Needs(&["token-producer"])),
     ("sim-e-p-d", Needs(&["always-disagg-multimodal-decider"])),
     ("sim-e-pd", Needs(&["always-disagg-multimodal-decider"])),
-    ("sim-no-hit-lru", Needs(&["no-hit-lru-scorer"])),
+    ("sim-no-hit-lru", Loads(0)),
     ("sim-tokenizer-vllm-http", Needs(&["token-producer"])),
     ("sim-program-aware", NeedsFlowControlAnd(&["program-aware-fairness"])),
     (
@@ -71,11 +71,8 @@ const EXAMPLES: [(&str, Becomes); 36] = [
     ("it-default", Loads(1)),
     ("it-datalayer", Says("plugin type 'mock-metrics-source' is not registered")),
     ("it-request-attribute-reporter", Needs(&["request-attribute-reporter"])),
-    ("perf-optimized-baseline", Needs(&["no-hit-lru-scorer"])),
-    (
-        "perf-precise-prefix",
-        Needs(&["token-producer", "endpoint-notification-source", "no-hit-lru-scorer"]),
-    ),
+    ("perf-optimized-baseline", Loads(0)),
+    ("perf-precise-prefix", Needs(&["token-producer", "endpoint-notification-source"])),
     ("perf-random-passthrough", Loads(0)),
     ("known-tiered-prefix-cache", Loads(0)),
     // disagg-headers-handler.

@@ -126,9 +126,9 @@ fn plugins() {
         ],
     );
     check(
-        "plugins: [{type: no-hit-lru-scorer, name: x, parameters: {lruSize: 1}}, {type: tokenizer}]\n",
+        "plugins: [{type: context-length-aware, name: x, parameters: {label: l}}, {type: tokenizer}]\n",
         &[
-            "line 1: plugins[0].type: plugin type 'no-hit-lru-scorer' is not built yet (plugin 'x')",
+            "line 1: plugins[0].type: plugin type 'context-length-aware' is not built yet (plugin 'x')",
             "line 1: plugins[1].type: plugin type 'tokenizer' is not built yet (plugin 'tokenizer')",
         ],
     );
