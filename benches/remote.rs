@@ -90,7 +90,7 @@ fn service(runtime: &Runtime) -> (String, Vec<u32>) {
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port");
     let address = listener.local_addr().expect("bound").to_string();
     let (_, ready) = watch::channel(true);
-    runtime.spawn(serve(listener, service, ready, CancellationToken::new(), Duration::ZERO));
+    runtime.spawn(serve(listener, None, service, ready, CancellationToken::new(), Duration::ZERO));
     (address, tokens)
 }
 

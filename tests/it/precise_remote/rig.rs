@@ -104,7 +104,7 @@ impl Server {
         let address = listener.local_addr().unwrap();
         let (_, ready) = watch::channel(true);
         let stop = CancellationToken::new();
-        runtime.spawn(serve(listener, service, ready, stop.clone(), Duration::from_secs(1)));
+        runtime.spawn(serve(listener, None, service, ready, stop.clone(), Duration::from_secs(1)));
         runtime.spawn(async move { speculations.run(stop).await });
         Self { address, fleet, scheme, runtime: Some(runtime) }
     }

@@ -3,7 +3,6 @@
 use std::{
     future::{Ready, ready},
     io,
-    path::PathBuf,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -24,7 +23,10 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::epp::{datalayer::scrape::TlsConfig, precise::remote::RemoteTls};
+use crate::{
+    epp::precise::remote::RemoteTls,
+    support::tls::{self, ClientTls, TlsError},
+};
 
 /// TCP and TLS together.
 pub(super) const CONNECT: Duration = Duration::from_secs(1);
@@ -34,14 +36,6 @@ const KEEPALIVE: Duration = Duration::from_secs(2);
 
 /// HTTP/2 window of a stream and of the connection, in bytes: 256 answers of thousand pods.
 const WINDOW: u32 = 8 << 20;
-
-/// Where distributions keep the authorities that the system trusts.
-const SYSTEM_AUTHORITIES: [&str; 4] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
 
 /// Whom to connect to, and how.
 #[derive(Clone)]
@@ -138,18 +132,9 @@ impl Target {
 }
 
 /// The client's side of TLS, for HTTP/2.
-fn client_config(tls: &RemoteTls) -> anyhow::Result<ClientConfig> {
-    let ca = match &tls.ca {
-        _ if tls.insecure_skip_verify => None,
-        Some(path) => Some(path.clone()),
-        None => {
-            let system = SYSTEM_AUTHORITIES.iter().map(PathBuf::from).find(|path| path.is_file());
-            Some(system.context("the system has no list of authorities; name one")?)
-        }
-    };
-    let mut config = TlsConfig { ca, client: None }.client_config()?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
+fn client_config(tls: &RemoteTls) -> Result<ClientConfig, TlsError> {
+    let trust = ClientTls { ca: tls.ca.clone(), insecure_skip_verify: tls.insecure_skip_verify };
+    tls::client_config(&trust, &[b"h2"])
 }
 
 /// Gives a connection that there is already. A channel that asks for another one is at its end: a new
