@@ -65,7 +65,9 @@ impl Plan {
             return None;
         }
         match tokenizer.get_model() {
-            ModelWrapper::BPE(bpe) if bpe.dropout.is_some_and(|dropout| dropout > 0.0) => return None,
+            ModelWrapper::BPE(bpe) if bpe.dropout.is_some_and(|dropout| dropout > 0.0) => {
+                return None;
+            }
             ModelWrapper::Unigram(unigram) if unigram.alpha.is_some() => return None,
             _ => {}
         }
@@ -188,8 +190,8 @@ fn normalizer(value: &Value) -> Option<Normalizer> {
                 _ => Some(Normalizer::Other),
             }
         }
-        "NFD" | "NFKC" | "NFKD" | "Lowercase" | "Prepend" | "Replace" | "Strip" | "StripAccents"
-        | "BertNormalizer" => Some(Normalizer::Other),
+        "NFD" | "NFKC" | "NFKD" | "Lowercase" | "Prepend" | "Replace" | "Strip"
+        | "StripAccents" | "BertNormalizer" => Some(Normalizer::Other),
         _ => None,
     }
 }
