@@ -221,7 +221,7 @@ pub(crate) struct Indexer {
 }
 
 impl Indexer {
-    /// Starts it on free ports with further arguments, and waits until it is ready.
+    /// Starts it, on free ports unless the arguments say otherwise, and waits until it is ready.
     pub(crate) fn start(arguments: &[&str]) -> Self {
         Self::launch(None, arguments)
     }
@@ -233,7 +233,10 @@ impl Indexer {
 
     fn launch(config: Option<tempfile::NamedTempFile>, arguments: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
-        command.args(["--grpc-listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
+        if !arguments.contains(&"--grpc-listen") {
+            command.args(["--grpc-listen", "127.0.0.1:0"]);
+        }
+        command.args(["--admin-listen", "127.0.0.1:0"]);
         if let Some(file) = &config {
             command.arg("--config").arg(file.path());
         }
@@ -257,6 +260,11 @@ impl Indexer {
     /// What it wrote so far, both streams.
     pub(crate) fn log(&self) -> String {
         self.program.log()
+    }
+
+    /// Ends it without a word.
+    pub(crate) fn kill(self) {
+        self.program.kill();
     }
 
     /// Stops it with SIGTERM; panics unless it then exits with 0. Returns what it wrote.
