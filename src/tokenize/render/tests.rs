@@ -74,7 +74,8 @@ async fn a_text_is_asked_for_under_the_model_of_the_renderer() {
     assert!(head.starts_with("POST /base/v1/completions/render HTTP/1.1\r\n"), "{head}");
     assert!(head.contains("connection: close"), "{head}");
     let body: serde_json::Value = serde_json::from_str(&body).unwrap();
-    let want = serde_json::json!({"model": "tiny", "prompt": "a \"b\"", "add_special_tokens": false});
+    let want =
+        serde_json::json!({"model": "tiny", "prompt": "a \"b\"", "add_special_tokens": false});
     assert_eq!(body, want);
 }
 
@@ -98,7 +99,8 @@ async fn features_are_where_pictures_lie() {
         "audio":[{"offset":20,"length":1}]},"kwargs_data":{"image":["AAAA",null]}}"#,
     );
     let tokens = ask("200 OK", &answer, chat("{}")).await.unwrap();
-    let item = |hash: &str, offset, length| MultimodalItem { hash: hash.to_owned(), offset, length };
+    let item =
+        |hash: &str, offset, length| MultimodalItem { hash: hash.to_owned(), offset, length };
     assert_eq!(tokens.items[..], [item("h3", 20, 1), item("h1", 1, 4), item("h2", 9, 2)]);
     let answer = with(r#""features":{"mm_hashes":{"image":["h1"]},"mm_placeholders":{}}"#);
     let error = ask("200 OK", &answer, chat("{}")).await.unwrap_err();
@@ -170,12 +172,25 @@ fn only_the_model_at_the_top_is_replaced() {
         assert_eq!(String::from_utf8(with_model(body.as_bytes(), "new")).unwrap(), want);
     }
     check(r#"{"model":"a"}"#, r#"{"model":"new"}"#);
-    check(r#"{"b":[1,{"model":"x"}],"model":"a\"}","c":2}"#, r#"{"b":[1,{"model":"x"}],"model":"new","c":2}"#);
+    check(
+        r#"{"b":[1,{"model":"x"}],"model":"a\"}","c":2}"#,
+        r#"{"b":[1,{"model":"x"}],"model":"new","c":2}"#,
+    );
     check(r#"{"model":{"model":[1]},"c":"model"}"#, r#"{"model":"new","c":"model"}"#);
     check(r#"{"model":1,"model":null}"#, r#"{"model":"new","model":"new"}"#);
     check(r#"{"c":"model","d":3}"#, r#"{"c":"model","d":3}"#);
     // No JSON, and no panic.
-    for nonsense in ["", "{", "}", "{\"model", "{\"model\\", "{\"model\":", "]]],:\"\\", "{:,\"", "[\"model\":1]"] {
+    for nonsense in [
+        "",
+        "{",
+        "}",
+        "{\"model",
+        "{\"model\\",
+        "{\"model\":",
+        "]]],:\"\\",
+        "{:,\"",
+        "[\"model\":1]",
+    ] {
         with_model(nonsense.as_bytes(), "new");
     }
 }

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::*;
 use crate::epp::{
+    ext_proc::headers::HeaderList,
     request::Parsers,
     scheduling::testing::{Site, build, request},
 };
@@ -29,7 +30,8 @@ fn made(params: Value) -> (Arc<dyn Plugin>, Site) {
 
 fn asked(path: &str, body: &str) -> InferenceRequest {
     let body = Bytes::copy_from_slice(body.as_bytes());
-    let parsed = Parsers::default().parse(path, &body).unwrap();
+    let path = (":path".to_owned(), Bytes::copy_from_slice(path.as_bytes()));
+    let parsed = Parsers::default().parse(&HeaderList::from_pairs([path]), &body).unwrap();
     InferenceRequest { parsed, body, ..request("m", "") }
 }
 
@@ -60,7 +62,8 @@ async fn prompts_of_ids_need_no_tokenizer() {
         assert_eq!(produced.no_tokens, None);
     }
     check(COMPLETIONS, r#"{"prompt":[5,6,12345678]}"#, Some(&[&[5, 6, 12_345_678]])).await;
-    check(COMPLETIONS, r#"{"prompt":[[5, 6],[7],[8,9,10]]}"#, Some(&[&[5, 6], &[7], &[8, 9, 10]])).await;
+    check(COMPLETIONS, r#"{"prompt":[[5, 6],[7],[8,9,10]]}"#, Some(&[&[5, 6], &[7], &[8, 9, 10]]))
+        .await;
     check("/inference/v1/generate", r#"{"token_ids":[1,2]}"#, Some(&[&[1, 2]])).await;
     // What is estimated is left to those who want it.
     check(COMPLETIONS, r#"{"prompt":"a b"}"#, None).await;
@@ -87,7 +90,12 @@ async fn texts_and_chats_are_tokenized_here() {
     check(COMPLETIONS, r#"{"prompt":["a","b a","c"]}"#, Ok(&[&[1], &[2, 1], &[0]])).await;
     check(COMPLETIONS, r#"{"prompt":[[7]]}"#, Ok(&[&[7]])).await;
     check(CHAT, r#"{"messages":[{"role":"user","content":"b"}]}"#, Ok(&[&[3, 2]])).await;
-    check(CHAT, r#"{"messages":[{"role":"user","content":"b"}],"tools":1}"#, Err("invalid")).await;
+    check(
+        CHAT,
+        r#"{"messages":[{"role":"user","content":"b"}],"chat_template":"x"}"#,
+        Err("invalid"),
+    )
+    .await;
     check("/v1/embeddings", r#"{"input":"a"}"#, Err("unsupported")).await;
     check("/v1/responses", r#"{"input":"a"}"#, Err("unsupported")).await;
     let text = crate::support::metrics::encode(&site.registry).unwrap();
@@ -134,7 +142,10 @@ fn parameters() {
     check(json!({"modelName": "m", "vllm": {"url": "https://x"}}), Some("vllm.url: \"https://x\""));
     check(json!({"modelName": "m", "vllm": {"timeout": "0s"}}), Some("vllm.timeout: "));
     check(json!({"vllm": {}, "estimate": {}}), Some("vllm: is given beside `estimate`"));
-    check(json!({"modelName": "m", "udsTokenizerConfig": {"socketFile": "/x"}}), Some("use `local:"));
+    check(
+        json!({"modelName": "m", "udsTokenizerConfig": {"socketFile": "/x"}}),
+        Some("use `local:"),
+    );
     check(json!({"locale": {}}), Some("did you mean `local`?"));
     check(json!({"local": {}}), Some("local: needs `modelDir`, `models` or `modelsDir`"));
     check(json!({"local": {"modelDir": here}}), Some("local.modelDir: needs `modelName`"));
@@ -143,7 +154,10 @@ fn parameters() {
         "default": "org/m", "threads": 2, "queue": 8, "budget": "20ms", "cacheSize": "64Mi"});
     check(json!({"local": all}), None);
     check(json!({"local": {"modelsDir": "/nowhere"}}), Some("/nowhere"));
-    check(json!({"local": {"models": {"m": here}, "cacheSize": "64Qi"}}), Some("local.cacheSize: "));
+    check(
+        json!({"local": {"models": {"m": here}, "cacheSize": "64Qi"}}),
+        Some("local.cacheSize: "),
+    );
     fs::write(here.join("tokenizer.json"), "{").unwrap();
     check(json!({"local": {"models": {"m": here}}}), Some("tokenizer.json: not a tokenizer"));
 }
