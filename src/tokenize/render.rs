@@ -50,6 +50,18 @@ pub struct RenderConfig {
     pub multimodal_timeout: Duration,
 }
 
+impl Default for RenderConfig {
+    /// An engine on this host; 5 s, 30 s for pictures and such.
+    fn default() -> Self {
+        Self {
+            url: "http://localhost:8000".to_owned(),
+            model: String::new(),
+            timeout: Duration::from_secs(5),
+            multimodal_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
 /// Asks an engine.
 #[derive(Debug)]
 pub struct Render {

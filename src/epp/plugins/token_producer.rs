@@ -56,9 +56,6 @@ const LOCAL: &str = "local";
 const SOCKET: &str = "udsTokenizerConfig";
 const MODEL_NAME: &str = "modelName";
 
-const DEFAULT_URL: &str = "http://localhost:8000";
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
-const DEFAULT_MEDIA_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_TIMEOUT: Duration = Duration::from_secs(300);
 const MAX_BUDGET: Duration = Duration::from_secs(10);
 /// How much later than the tokenizer's own deadline a request gives up: the reason is known then.
@@ -133,12 +130,7 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
 }
 
 fn read_vllm(fields: Fields<'_>, model: Option<String>) -> RenderConfig {
-    let mut config = RenderConfig {
-        url: DEFAULT_URL.to_owned(),
-        model: model.unwrap_or_default(),
-        timeout: DEFAULT_TIMEOUT,
-        multimodal_timeout: DEFAULT_MEDIA_TIMEOUT,
-    };
+    let mut config = RenderConfig { model: model.unwrap_or_default(), ..RenderConfig::default() };
     set(&mut config.url, fields.nonempty("url"));
     set(&mut config.timeout, period(&fields, "timeout", MAX_TIMEOUT));
     set(&mut config.multimodal_timeout, period(&fields, "mmTimeout", MAX_TIMEOUT));
