@@ -121,7 +121,7 @@ async fn a_request_that_is_dropped_counts_as_late() {
 #[test]
 fn parameters() {
     #[track_caller]
-    fn check(params: Value, want: Option<&str>) {
+    fn check(params: &Value, want: Option<&str>) {
         let said = build(REGISTRATION, params.clone()).map_err(|faults| faults.join("\n"));
         match want {
             None => assert!(said.is_ok(), "{params}: {said:?}"),
@@ -134,30 +134,33 @@ fn parameters() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path().join("org/m");
     model(&here);
-    check(json!({}), None);
-    check(json!({"estimate": {}}), None);
-    check(json!({"estimate": {}, "modelName": "m"}), None);
-    check(json!({"modelName": "m", "vllm": {}}), None);
-    check(json!({"vllm": {}}), Some("modelName: is required with `vllm`"));
-    check(json!({"modelName": "m", "vllm": {"url": "https://x"}}), Some("vllm.url: \"https://x\""));
-    check(json!({"modelName": "m", "vllm": {"timeout": "0s"}}), Some("vllm.timeout: "));
-    check(json!({"vllm": {}, "estimate": {}}), Some("vllm: is given beside `estimate`"));
+    check(&json!({}), None);
+    check(&json!({"estimate": {}}), None);
+    check(&json!({"estimate": {}, "modelName": "m"}), None);
+    check(&json!({"modelName": "m", "vllm": {}}), None);
+    check(&json!({"vllm": {}}), Some("modelName: is required with `vllm`"));
     check(
-        json!({"modelName": "m", "udsTokenizerConfig": {"socketFile": "/x"}}),
+        &json!({"modelName": "m", "vllm": {"url": "https://x"}}),
+        Some("vllm.url: \"https://x\""),
+    );
+    check(&json!({"modelName": "m", "vllm": {"timeout": "0s"}}), Some("vllm.timeout: "));
+    check(&json!({"vllm": {}, "estimate": {}}), Some("vllm: is given beside `estimate`"));
+    check(
+        &json!({"modelName": "m", "udsTokenizerConfig": {"socketFile": "/x"}}),
         Some("use `local:"),
     );
-    check(json!({"locale": {}}), Some("did you mean `local`?"));
-    check(json!({"local": {}}), Some("local: needs `modelDir`, `models` or `modelsDir`"));
-    check(json!({"local": {"modelDir": here}}), Some("local.modelDir: needs `modelName`"));
-    check(json!({"modelName": "m", "local": {"modelDir": here}}), None);
+    check(&json!({"locale": {}}), Some("did you mean `local`?"));
+    check(&json!({"local": {}}), Some("local: needs `modelDir`, `models` or `modelsDir`"));
+    check(&json!({"local": {"modelDir": here}}), Some("local.modelDir: needs `modelName`"));
+    check(&json!({"modelName": "m", "local": {"modelDir": here}}), None);
     let all = json!({"models": {"x": here}, "modelsDir": folder.path(), "aliases": {"y": "x"},
         "default": "org/m", "threads": 2, "queue": 8, "budget": "20ms", "cacheSize": "64Mi"});
-    check(json!({"local": all}), None);
-    check(json!({"local": {"modelsDir": "/nowhere"}}), Some("/nowhere"));
+    check(&json!({"local": all}), None);
+    check(&json!({"local": {"modelsDir": "/nowhere"}}), Some("/nowhere"));
     check(
-        json!({"local": {"models": {"m": here}, "cacheSize": "64Qi"}}),
+        &json!({"local": {"models": {"m": here}, "cacheSize": "64Qi"}}),
         Some("local.cacheSize: "),
     );
     fs::write(here.join("tokenizer.json"), "{").unwrap();
-    check(json!({"local": {"models": {"m": here}}}), Some("tokenizer.json: not a tokenizer"));
+    check(&json!({"local": {"models": {"m": here}}}), Some("tokenizer.json: not a tokenizer"));
 }
