@@ -89,6 +89,9 @@ pub enum TokenizeError {
     /// The prompt has pictures or such, and nothing tells how many tokens they are.
     #[error("multimodal input of this model is not known")]
     Multimodal,
+    /// Only the engine can put the prompts of this API together.
+    #[error("prompts of this API are not tokenized outside of the engine")]
+    Unsupported,
     /// Too much is waiting already.
     #[error("the tokenizer's queue is full")]
     Busy,
@@ -109,6 +112,7 @@ impl TokenizeError {
             Self::NoChatTemplate => "no_chat_template",
             Self::Invalid(_) => "invalid",
             Self::Multimodal => "multimodal",
+            Self::Unsupported => "unsupported",
             Self::Busy => "queue_full",
             Self::Late => "late",
             Self::Unavailable(_) => "unavailable",

@@ -36,6 +36,7 @@ mod role;
 pub mod running_requests_size_scorer;
 pub mod single_profile_handler;
 pub mod token_load_scorer;
+pub mod token_producer;
 pub mod utilization_detector;
 pub mod weighted_random_picker;
 

@@ -129,7 +129,8 @@ impl ScoreError {
                 TokenizeError::Invalid(_) => Code::InvalidArgument,
                 TokenizeError::NotConfigured
                 | TokenizeError::NoChatTemplate
-                | TokenizeError::Multimodal => Code::FailedPrecondition,
+                | TokenizeError::Multimodal
+                | TokenizeError::Unsupported => Code::FailedPrecondition,
             },
             Self::NotOnStream { .. } | Self::Unimplemented(_) => Code::Unimplemented,
             Self::Deadline { .. } | Self::WaitDeadline => Code::DeadlineExceeded,

@@ -7,6 +7,7 @@ mod examples;
 mod fakes;
 mod faults;
 mod loads;
+mod precise;
 mod sample;
 
 use std::sync::Arc;

@@ -20,7 +20,7 @@ use crate::{
             precise_prefix_cache_producer, precise_prefix_cache_scorer, prefill_filter,
             prefill_header_handler, prefix_based_pd_decider, prefix_cache_scorer, queue_scorer,
             random_picker, running_requests_size_scorer, single_profile_handler, token_load_scorer,
-            utilization_detector, weighted_random_picker,
+            token_producer, utilization_detector, weighted_random_picker,
         },
         scheduling::Plugin,
     },
@@ -67,7 +67,7 @@ impl PluginTypes {
 }
 
 /// Names that the Go EPP warns about, and what it says instead.
-const DEPRECATED_NAMES: [(&str, &str); 7] = [
+const DEPRECATED_NAMES: [(&str, &str); 6] = [
     ("by-label", "use label-selector-filter"),
     ("by-label-selector", "use label-selector-filter"),
     (
@@ -75,7 +75,6 @@ const DEPRECATED_NAMES: [(&str, &str); 7] = [
         "pd-profile-handler needs it; disagg-profile-handler sets the headers itself",
     ),
     ("kv-cache-scorer", "use kv-cache-utilization-scorer"),
-    ("precise-prefix-cache-scorer", "use precise-prefix-cache-producer and prefix-cache-scorer"),
     (
         "prefill-header-handler",
         "pd-profile-handler needs it; disagg-profile-handler sets the headers itself",
@@ -119,20 +118,16 @@ macro_rules! inert {
 }
 
 /// A type without a factory.
-const fn pending(
-    type_name: &'static str,
-    aliases: &'static [&'static str],
-    stability: Stability,
-) -> Registration {
-    Registration { type_name, aliases, stability, factory: None }
+const fn pending(type_name: &'static str, stability: Stability) -> Registration {
+    Registration { type_name, aliases: &[], stability, factory: None }
 }
 
 const fn later(type_name: &'static str) -> Registration {
-    pending(type_name, &[], Stability::Beta)
+    pending(type_name, Stability::Beta)
 }
 
 const fn later_alpha(type_name: &'static str) -> Registration {
-    pending(type_name, &[], Stability::Alpha)
+    pending(type_name, Stability::Alpha)
 }
 
 /// The types of this program.
@@ -178,6 +173,7 @@ fn built() -> Vec<Registration> {
         approx_prefix_cache_producer::REGISTRATION,
         inflight_load_producer::REGISTRATION,
         precise_prefix_cache_producer::REGISTRATION,
+        token_producer::REGISTRATION,
         // Data layer.
         file_discovery::REGISTRATION,
         metrics_data_source::REGISTRATION,
@@ -197,7 +193,7 @@ fn built() -> Vec<Registration> {
 }
 
 /// Known types without a file.
-const NOT_BUILT: [Registration; 55] = [
+const NOT_BUILT: [Registration; 54] = [
     // Filters.
     later("prefix-cache-affinity-filter"),
     later("slo-headroom-tier-filter"),
@@ -223,7 +219,6 @@ const NOT_BUILT: [Registration; 55] = [
     later_alpha("header-profile-handler"),
     later("always-disagg-multimodal-decider"),
     // Producers.
-    pending("token-producer", &["tokenizer"], Stability::Beta),
     later("predicted-latency-producer"),
     later("mm-embeddings-cache-producer"),
     later("session-id-producer"),

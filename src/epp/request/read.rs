@@ -121,6 +121,69 @@ impl Parsed {
         Some(ids)
     }
 
+    /// The token ids of each prompt that is written as such, in order.
+    /// `None`: none is, or a body of another request.
+    #[must_use]
+    pub fn token_lists(&self, body: &[u8]) -> Option<Vec<Vec<u32>>> {
+        let [part] = self.prompt.as_slice() else { return None };
+        let mut lists = Vec::new();
+        match part.form {
+            PromptForm::Tokens => lists.push(self.token_ids(body)?),
+            PromptForm::TokenLists => {
+                let read = Scanner::new(part.raw(body)).items(|scanner| {
+                    let mut ids = Vec::new();
+                    scanner.items(|scanner| {
+                        scanner.run_of_digits(|id| {
+                            ids.push(id);
+                            true
+                        });
+                        ids.push(token(scanner)?);
+                        Ok(())
+                    })?;
+                    lists.push(ids);
+                    Ok(())
+                });
+                read.ok()?;
+            }
+            _ => return None,
+        }
+        Some(lists)
+    }
+
+    /// The texts of the prompts, unescaped, each by itself; none of messages, or token ids.
+    #[must_use]
+    pub fn texts(&self, body: &[u8]) -> Vec<String> {
+        let mut texts = Vec::new();
+        for part in &self.prompt {
+            if !matches!(part.form, PromptForm::Text | PromptForm::Texts) {
+                continue;
+            }
+            let mut text = Vec::with_capacity(part.span.len());
+            let ended = part.walk(body, &mut |piece| {
+                match piece {
+                    Piece::Text(piece) => text.extend_from_slice(piece),
+                    Piece::Next => texts.push(lossy(std::mem::take(&mut text))),
+                    Piece::Media(..) => {}
+                }
+                ControlFlow::Continue(())
+            });
+            debug_assert!(ended.is_continue());
+            texts.push(lossy(text));
+        }
+        texts
+    }
+
+    /// A boolean at the top of the body; of repeated ones the last.
+    #[must_use]
+    pub fn flag(&self, body: &[u8], name: &str) -> Option<bool> {
+        let [value] = pick(&mut Scanner::new(body), [name]).ok()?;
+        match value {
+            b"true" => Some(true),
+            b"false" => Some(false),
+            _ => None,
+        }
+    }
+
     /// Appends the token ids, at most `limit`; `None` if the prompt is not written as such.
     pub(super) fn push_token_ids(
         &self,
@@ -164,6 +227,12 @@ impl Parsed {
     pub(super) fn items_as_json(&self) -> bool {
         matches!(self.api, Api::Responses | Api::Conversations)
     }
+}
+
+/// What is no UTF-8 is replaced, as the scanner's escapes are.
+fn lossy(text: Vec<u8>) -> String {
+    String::from_utf8(text)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }
 
 fn prompt_bytes<'b>(part: &PromptSpan, body: &'b [u8]) -> Cow<'b, [u8]> {

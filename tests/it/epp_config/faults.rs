@@ -126,10 +126,10 @@ fn plugins() {
         ],
     );
     check(
-        "plugins: [{type: context-length-aware, name: x, parameters: {label: l}}, {type: tokenizer}]\n",
+        "plugins: [{type: context-length-aware, name: x, parameters: {label: l}}, {type: vllmgrpc-parser}]\n",
         &[
             "line 1: plugins[0].type: plugin type 'context-length-aware' is not built yet (plugin 'x')",
-            "line 1: plugins[1].type: plugin type 'tokenizer' is not built yet (plugin 'tokenizer')",
+            "line 1: plugins[1].type: plugin type 'vllmgrpc-parser' is not built yet (plugin 'vllmgrpc-parser')",
         ],
     );
     check(

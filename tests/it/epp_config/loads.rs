@@ -4,7 +4,6 @@ use kv_indexer::epp::{
     args::{Args, EX_USAGE, Start},
     config::{DEFAULT_CONFIG, Loaded, Parts},
     datalayer::Endpoints,
-    plugins::Registration,
     request::{DEFAULT_PARSERS, ParserKind},
     scheduling::{Configured, DataKey},
 };
@@ -203,15 +202,12 @@ fn a_threshold_goes_by_the_matches_that_its_scorer_goes_by() {
 }
 
 #[test]
-fn token_ids_are_not_missed_while_nobody_makes_them() {
-    let loaded = loaded("plugins: [{type: test-producer, name: x, parameters: {tokens: true}}]");
-    assert_eq!(names(&loaded.producers), ["x"]);
-    let mut types = with_test_types();
-    let tokens = types.find("test-tokens").copied().unwrap();
-    types.set(Registration { type_name: "token-producer", ..tokens });
+fn who_reads_token_ids_gets_their_producer() {
     let text = "plugins: [{type: test-producer, name: x, parameters: {tokens: true}}]";
-    let loaded = load_with(&types, text).unwrap();
-    assert_eq!(names(&loaded.producers), ["token-producer", "x"]);
+    assert_eq!(names(&loaded(text).producers), ["token-producer", "x"]);
+    // Whoever writes them is enough.
+    let both = "plugins: [{type: test-producer, name: x, parameters: {tokens: true}}, {type: test-tokens}]";
+    assert_eq!(names(&loaded(both).producers), ["test-tokens", "x"]);
 }
 
 #[test]
