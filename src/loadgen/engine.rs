@@ -22,8 +22,8 @@
 //! ```
 //!
 //! What the cache does is compared with recorded streams of real engines; how long things take is
-//! [`Pace`], and the text is made up. Prompts are tokenized as the indexer's own tokenization does, if there
-//! are a model's files.
+//! [`Pace`], and the text is made up. With a model's files, prompts are tokenized by
+//! [`tokenize`](crate::tokenize), whose ids are compared with those of `transformers`.
 //!
 //! # Concurrency
 //!

@@ -2,8 +2,8 @@
 //!
 //! `POST /v1/completions`, `/v1/chat/completions`, both with `/render` behind, `/tokenize`,
 //! `/reset_prefix_cache`; `GET /v1/models`, `/health`, `/ping`, `/version`, `/metrics`,
-//! `/kv_event_sources`. Every answer has `x-served-by`, the
-//! address of the server, and completions the same in `system_fingerprint`.
+//! `/kv_event_sources`. Every answer has `x-served-by`, the address of the server, and completions the
+//! same in `system_fingerprint`.
 //!
 //! # Ranks
 //!
@@ -328,7 +328,7 @@ impl Server {
         answer.whole(choices, &*self.tokenizer).await
     }
 
-    /// What its prompts are as tokens: a list for completions, one object for a chat.
+    /// The prompts of a body as tokens: a list for completions, one object for a chat.
     fn render(
         &self,
         bytes: &[u8],
@@ -349,13 +349,9 @@ impl Server {
                 "model": model,
             }));
         }
-        match rendered.pop() {
-            Some(one) if chat => Ok(json_page(&one)),
-            last => {
-                rendered.extend(last);
-                Ok(json_page(&rendered.into()))
-            }
-        }
+        // A chat is one prompt.
+        let page = if chat { rendered.pop().unwrap_or_default() } else { rendered.into() };
+        Ok(json_page(&page))
     }
 
     /// The adapter that a served name means; none for the model itself.

@@ -99,7 +99,8 @@ fn chats_grow_by_what_was_answered_and_events_carry_the_ids() {
     // The last token was never computed.
     let blocks = (spoken.len() - 1) / BLOCK;
     engine.idle();
-    assert_eq!(stored(&sub), spoken[..blocks * BLOCK]);
+    let until = engine.cache_contents(0).last_sequence.unwrap();
+    assert_eq!(stored(&sub, until), spoken[..blocks * BLOCK]);
 
     let (again, usage) = streamed(engine.http(), &body);
     assert_eq!((again, cached(&usage)), (answer.clone(), (prompt.len() - 1) / BLOCK * BLOCK));
@@ -120,17 +121,12 @@ fn chats_grow_by_what_was_answered_and_events_carry_the_ids() {
     }
 }
 
-/// Tokens of all that is stored by one request, one block behind the other.
-fn stored(sub: &zmq::Socket) -> Vec<u32> {
+/// Tokens of all that is stored up to a sequence, one block behind the other.
+fn stored(sub: &zmq::Socket, until: u64) -> Vec<u32> {
     let (mut tokens, mut last) = (Vec::new(), None);
-    // What is on its way arrives in order; a short silence after an idle engine's last batch ends it.
-    while sub
-        .poll(zmq::POLLIN, if last.is_none() { patience().as_millis() as i64 } else { 200 })
-        .unwrap()
-        > 0
-    {
+    loop {
         let frames = sub.recv_multipart(0).unwrap();
-        let payload = Frames::split(&frames).unwrap().payload;
+        let Frames { payload, sequence, .. } = Frames::split(&frames).unwrap();
         let mut reader = BatchReader::new(payload, &Limits::default()).unwrap();
         let mut scratch = Scratch::default();
         while let Some(event) = reader.next_event(&mut scratch) {
@@ -139,8 +135,10 @@ fn stored(sub: &zmq::Socket) -> Vec<u32> {
             last = event.block_hashes.last().copied();
             tokens.extend_from_slice(event.tokens);
         }
+        if sequence >= until {
+            return tokens;
+        }
     }
-    tokens
 }
 
 #[test]

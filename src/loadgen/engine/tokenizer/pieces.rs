@@ -13,8 +13,9 @@ use crate::loadgen::engine::sequence::Item;
 /// The deterministic pseudo-tokenizer.
 ///
 /// Words are separated by white space, which is otherwise ignored. A word `~` followed by hexadecimal
-/// digits that name an id below [`VOCABULARY`] is this token; that is also how tokens are written. Any other word is cut into pieces of at most four bytes, at characters, and a
-/// piece is the XXH3 hash of its bytes modulo the vocabulary.
+/// digits that name an id below [`VOCABULARY`] is this token; that is also how tokens are written. Any
+/// other word is cut into pieces of at most four bytes, at characters, and a piece is the XXH3 hash of
+/// its bytes modulo the vocabulary.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pieces;
 
