@@ -6,7 +6,7 @@
 //! | [`sequence`] | a request's tokens and the chained hashes of its blocks |
 //! | [`cache`] | block pool and prefix cache; pure |
 //! | [`scheduler`] | continuous batching in steps; pure, time is an output |
-//! | [`tokenizer`] | text to tokens, a deterministic stand-in |
+//! | [`tokenizer`] | prompts to tokens: a model's tokenizer, or a deterministic stand-in |
 //! | [`rank`] | one data-parallel rank: scheduler, publisher, thread |
 //! | [`server`] | the HTTP API |
 //! | [`metrics`] | the metrics page |
@@ -22,7 +22,8 @@
 //! ```
 //!
 //! What the cache does is compared with recorded streams of real engines; how long things take is
-//! [`Pace`], and the text is made up.
+//! [`Pace`], and the text is made up. With a model's files, prompts are tokenized by
+//! [`tokenize`](crate::tokenize), whose ids are compared with those of `transformers`.
 //!
 //! # Concurrency
 //!
@@ -42,6 +43,7 @@ pub mod tokenizer;
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -53,7 +55,7 @@ use self::{
     cache::{Cache, CacheOptions, EventFields},
     rank::{Live, Rank},
     server::{Faults, Server},
-    tokenizer::{Pieces, Tokenizer as _},
+    tokenizer::{Pieces, Tokenizer, Words, pieces},
 };
 pub use self::{
     metrics::Load,
@@ -141,6 +143,15 @@ pub struct EngineOptions {
     pub buffer_steps: usize,
     /// How long steps take.
     pub pace: Pace,
+    /// Directory of the model whose tokenizer and chat template make tokens of prompts; answers are
+    /// English words then. `None` = a pseudo-tokenizer.
+    pub model_dir: Option<PathBuf>,
+    /// Does it serve `/v1/completions/render` and `/v1/chat/completions/render`, as vLLM with
+    /// `--enable-scale-out`?
+    pub scale_out: bool,
+    /// Does the usage tell how many tokens were cached, as vLLM's with
+    /// `--enable-prompt-tokens-details`?
+    pub prompt_tokens_details: bool,
     /// Bytes of further families on the metrics page, about; a real page has some 90 000 of them.
     pub metrics_padding: usize,
 }
@@ -168,6 +179,9 @@ impl Default for EngineOptions {
             topic: None,
             buffer_steps: 10_000,
             pace: Pace::default(),
+            model_dir: None,
+            scale_out: true,
+            prompt_tokens_details: true,
             metrics_padding: 0,
         }
     }
@@ -191,6 +205,9 @@ pub enum StartError {
     /// A fixed endpoint has no port to count from.
     #[error("{0:?} is not tcp://host:port")]
     Endpoint(String),
+    /// The model's directory cannot be used.
+    #[error("{0}")]
+    ModelDir(String),
     /// A thread cannot be started.
     #[error("cannot start a rank's thread")]
     Thread(#[source] io::Error),
@@ -207,6 +224,13 @@ impl Engine {
     ///
     /// [`StartError`].
     pub async fn start(options: EngineOptions) -> Result<EngineHandle, StartError> {
+        let tokenizer: Arc<dyn Tokenizer> = match &options.model_dir {
+            None => Arc::new(Pieces),
+            Some(directory) => {
+                let words = Words::load(&options.model, directory);
+                Arc::new(words.map_err(|error| StartError::ModelDir(format!("{error:#}")))?)
+            }
+        };
         let listener = listen(options.listen).await?;
         let failed = |source| StartError::Listen { address: options.listen, source };
         let http = listener.local_addr().map_err(failed)?;
@@ -217,7 +241,7 @@ impl Engine {
             threads.push(rank.start().map_err(StartError::Thread)?);
         }
         let (faults, watched) = watch::channel(Faults::default());
-        let server = Arc::new(Server::new(Arc::clone(&options), ranks.clone(), watched));
+        let server = Arc::new(Server::new(Arc::clone(&options), ranks.clone(), watched, tokenizer));
         let (stop, stopping) = watch::channel(false);
         let mut tasks = JoinSet::new();
         tasks.spawn(server::serve(Arc::clone(&server), listener, stopping));
@@ -255,7 +279,7 @@ fn ranks(options: &EngineOptions) -> Result<Vec<Arc<Rank>>, StartError> {
             chunked_prefill: options.chunked_prefill,
             max_loras: options.max_loras.max(1),
         };
-        let scheduler = scheduler::Scheduler::new(cache, limits, options.pace, Pieces.vocabulary());
+        let scheduler = scheduler::Scheduler::new(cache, limits, options.pace, pieces::VOCABULARY);
         let live = match &options.events {
             None => None,
             Some(events) => {

@@ -4,3 +4,4 @@ mod client;
 mod http;
 mod indexed;
 mod process;
+mod words;

@@ -1,6 +1,6 @@
 //! `loadgen engine`: one mock engine as a process.
 
-use std::{io::Write, net::SocketAddr};
+use std::{io::Write, net::SocketAddr, path::PathBuf};
 
 use anyhow::Result;
 use tokio_util::sync::CancellationToken;
@@ -16,6 +16,10 @@ pub struct EngineArguments {
     /// Served model name.
     #[arg(long, value_name = "NAME", default_value = "mock")]
     model: String,
+    /// Directory with the tokenizer.json and the chat template of a model, to tokenize as its engines
+    /// do; answers are English words then. Default: a pseudo-tokenizer.
+    #[arg(long, value_name = "DIR")]
+    model_dir: Option<PathBuf>,
     /// Served name of an adapter; may be repeated.
     #[arg(long, value_name = "NAME")]
     lora: Vec<String>,
@@ -65,6 +69,12 @@ pub struct EngineArguments {
     /// Factor of all three; 0 = as fast as possible.
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     time_scale: f64,
+    /// Refuse the render endpoints, as vLLM without --enable-scale-out.
+    #[arg(long)]
+    no_scale_out: bool,
+    /// Do not report cached tokens, as vLLM without --enable-prompt-tokens-details.
+    #[arg(long)]
+    no_prompt_tokens_details: bool,
     /// Bytes of further families on the metrics page, about.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     metrics_padding: usize,
@@ -103,6 +113,9 @@ impl EngineArguments {
                 decode_us_per_step: self.decode_us_per_step,
                 scale: self.time_scale,
             },
+            model_dir: self.model_dir,
+            scale_out: !self.no_scale_out,
+            prompt_tokens_details: !self.no_prompt_tokens_details,
             metrics_padding: self.metrics_padding,
             ..EngineOptions::default()
         }
@@ -113,7 +126,7 @@ impl EngineArguments {
 ///
 /// # Errors
 ///
-/// Addresses that cannot be bound.
+/// Addresses that cannot be bound, a model directory that cannot be used.
 pub async fn run(
     options: EngineOptions,
     stop: CancellationToken,

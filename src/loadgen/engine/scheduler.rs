@@ -1,6 +1,6 @@
 //! vLLM v1's scheduler (`v1/core/sched/scheduler.py`): continuous batching in steps, first come first
-//! served. Pure: time is an output, and the tokens that a model would make are numbers derived from
-//! the sequence, so that equal prompts get equal answers.
+//! served. Pure: time is an output, and the tokens that a model would make come with the request or are
+//! numbers derived from the sequence, so that equal prompts get equal answers.
 //!
 //! # Model
 //!
@@ -75,6 +75,8 @@ pub struct Request {
     pub sequence: Sequence,
     /// Tokens to make, at least 1.
     pub max_tokens: usize,
+    /// The tokens that it gets, in order; beyond them, numbers derived from the sequence.
+    pub answer: Vec<u32>,
 }
 
 /// One token of one request.
@@ -148,7 +150,8 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler without requests. Tokens made are below `vocabulary` (at least 1).
+    /// A scheduler without requests. Tokens that do not come with their
+    /// request are below `vocabulary` (at least 1).
     #[must_use]
     pub fn new(cache: Cache, limits: Limits, pace: Pace, vocabulary: u32) -> Self {
         Self {
@@ -252,7 +255,9 @@ impl Scheduler {
             if it.computed < sequence.tokens().len() {
                 continue;
             }
-            let token = (sequence.state() % u64::from(self.vocabulary)) as u32;
+            let token = it.request.answer.get(it.made).copied();
+            let token =
+                token.unwrap_or_else(|| (sequence.state() % u64::from(self.vocabulary)) as u32);
             sequence.push(token);
             it.made += 1;
             let output = Output {
@@ -367,7 +372,7 @@ mod tests {
 
     fn request(id: RequestId, tokens: &[u32], max_tokens: usize) -> Request {
         let sequence = Sequence::new(tokens.to_vec(), Identity::default(), 2);
-        Request { id, sequence, max_tokens }
+        Request { id, sequence, max_tokens, answer: Vec::new() }
     }
 
     fn step(scheduler: &mut Scheduler) -> Outcome {
@@ -439,7 +444,7 @@ mod tests {
         let mut it = scheduler(40, LIMITS);
         for (id, identity) in [(1, lora(1)), (2, lora(2)), (3, Identity::default())] {
             let sequence = Sequence::new(vec![1; 2], identity, 2);
-            it.submit(Request { id, sequence, max_tokens: 2 });
+            it.submit(Request { id, sequence, max_tokens: 2, answer: Vec::new() });
         }
         step(&mut it);
         assert_eq!(it.loras(), [vec!["l1".to_owned()], vec!["l2".to_owned()]]);

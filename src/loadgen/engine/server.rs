@@ -1,8 +1,9 @@
 //! The HTTP API of a vLLM server, as far as routers and clients of completions need it.
 //!
-//! `POST /v1/completions`, `/v1/chat/completions`, `/tokenize`, `/reset_prefix_cache`; `GET /v1/models`,
-//! `/health`, `/ping`, `/version`, `/metrics`, `/kv_event_sources`. Every answer has `x-served-by`, the
-//! address of the server, and completions the same in `system_fingerprint`.
+//! `POST /v1/completions`, `/v1/chat/completions`, both with `/render` behind, `/tokenize`,
+//! `/reset_prefix_cache`; `GET /v1/models`, `/health`, `/ping`, `/version`, `/metrics`,
+//! `/kv_event_sources`. Every answer has `x-served-by`, the address of the server, and completions the
+//! same in `system_fingerprint`.
 //!
 //! # Ranks
 //!
@@ -58,7 +59,7 @@ use super::{
     rank::{Rank, Refusal},
     reset_all, scheduler,
     sequence::{Identity, Lora, Sequence},
-    tokenizer::{Pieces, Tokenizer},
+    tokenizer::Tokenizer,
 };
 use crate::support::clock::unix_ns;
 
@@ -70,6 +71,9 @@ const MAX_CONNECTIONS: usize = 4096;
 const VERSION: &str = "0.33.0";
 /// Names the server in each answer.
 const SERVED_BY: HeaderName = HeaderName::from_static("x-served-by");
+/// Says that an engine does not render.
+const NO_SCALE_OUT: &str = "Scale-out endpoints are disabled. Restart vllm serve with \
+                            --enable-scale-out to enable them.";
 /// Chooses the rank.
 const RANK: &str = "x-data-parallel-rank";
 
@@ -102,7 +106,7 @@ pub struct Server {
     ranks: Vec<Arc<Rank>>,
     faults: watch::Receiver<Faults>,
     heads: Heads,
-    tokenizer: Box<dyn Tokenizer>,
+    tokenizer: Arc<dyn Tokenizer>,
     turn: AtomicUsize,
 }
 
@@ -203,8 +207,9 @@ impl Server {
         options: Arc<EngineOptions>,
         ranks: Vec<Arc<Rank>>,
         faults: watch::Receiver<Faults>,
+        tokenizer: Arc<dyn Tokenizer>,
     ) -> Self {
-        let (heads, tokenizer) = (Heads::default(), Box::new(Pieces));
+        let heads = Heads::default();
         Self { options, ranks, faults, heads, tokenizer, turn: AtomicUsize::new(0) }
     }
 
@@ -250,6 +255,13 @@ impl Server {
                 let ask = openai::parse(&bytes, chat, &*self.tokenizer)?;
                 self.complete(ask, chat, &headers).await
             }
+            (&Method::POST, "/v1/completions/render" | "/v1/chat/completions/render") => {
+                if !self.options.scale_out {
+                    return Err(BadRequest::new(StatusCode::FORBIDDEN, NO_SCALE_OUT));
+                }
+                let (_, headers, bytes) = self.read(request).await?;
+                self.render(&bytes, path == "/v1/chat/completions/render", &headers)
+            }
             (_, known) if KNOWN.contains(&known) => {
                 Err(BadRequest::new(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed"))
             }
@@ -291,8 +303,9 @@ impl Server {
             self.check_length(prompt_tokens, max_tokens)?;
             let block_size = self.options.block_size;
             let sequence = Sequence::new(tokens, identity.clone(), block_size);
+            let answer = self.tokenizer.answer(chat, sequence.state(), max_tokens);
             let ticket = rank
-                .submit(|id| scheduler::Request { id, sequence, max_tokens })
+                .submit(|id| scheduler::Request { id, sequence, max_tokens, answer })
                 .map_err(|refused| match refused {
                     Refusal::Full | Refusal::Stopped => {
                         BadRequest::new(StatusCode::SERVICE_UNAVAILABLE, refused.to_string())
@@ -300,22 +313,45 @@ impl Server {
                 })?;
             choices.push(Choice::new(ticket, prompt_tokens));
         }
-        let id = headers
-            .get("x-request-id")
-            .and_then(|id| id.to_str().ok())
-            .map_or_else(|| format!("{:016x}", unix_ns()), str::to_owned);
         let answer = Answer {
-            id: format!("{}-{id}", if chat { "chatcmpl" } else { "cmpl" }),
+            id: request_id(chat, headers),
             chat,
             model,
             created: unix_ns() / 1_000_000_000,
             fingerprint: format!("mock-engine {} rank {}", self.options.listen, rank.number()),
             usage_at_end: ask.include_usage,
+            usage_details: self.options.prompt_tokens_details,
         };
         if ask.stream {
-            return Ok(answer.stream(choices, Pieces));
+            return Ok(answer.stream(choices, Arc::clone(&self.tokenizer)));
         }
         answer.whole(choices, &*self.tokenizer).await
+    }
+
+    /// The prompts of a body as tokens: a list for completions, one object for a chat.
+    fn render(
+        &self,
+        bytes: &[u8],
+        chat: bool,
+        headers: &HeaderMap,
+    ) -> Result<Response<Body>, BadRequest> {
+        let Ask { model, prompts, .. } = openai::parse(bytes, chat, &*self.tokenizer)?;
+        let model = model.unwrap_or_else(|| self.options.model.clone());
+        self.adapter(&model)?;
+        let mut rendered = Vec::with_capacity(prompts.len());
+        for tokens in prompts {
+            self.check_length(tokens.len(), 1)?;
+            rendered.push(json!({
+                "request_id": request_id(chat, headers),
+                "token_ids": tokens,
+                "token_offsets": null,
+                "features": null,
+                "model": model,
+            }));
+        }
+        // A chat is one prompt.
+        let page = if chat { rendered.pop().unwrap_or_default() } else { rendered.into() };
+        Ok(json_page(&page))
     }
 
     /// The adapter that a served name means; none for the model itself.
@@ -422,7 +458,7 @@ impl Server {
 }
 
 /// Paths that exist.
-const KNOWN: [&str; 10] = [
+const KNOWN: [&str; 12] = [
     "/health",
     "/ping",
     "/version",
@@ -431,9 +467,20 @@ const KNOWN: [&str; 10] = [
     "/v1/models",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/completions/render",
+    "/v1/chat/completions/render",
     "/kv_event_sources",
     "/reset_prefix_cache",
 ];
+
+/// The name of a request: the client's, or a new one.
+fn request_id(chat: bool, headers: &HeaderMap) -> String {
+    let id = headers
+        .get("x-request-id")
+        .and_then(|id| id.to_str().ok())
+        .map_or_else(|| format!("{:016x}", unix_ns()), str::to_owned);
+    format!("{}-{id}", if chat { "chatcmpl" } else { "cmpl" })
+}
 
 fn body(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).boxed_unsync()

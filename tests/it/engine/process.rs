@@ -6,6 +6,7 @@ use std::{
 };
 
 use crate::support::{
+    fixture,
     http::{get, post},
     interrupt, terminate,
 };
@@ -35,4 +36,33 @@ fn it_prints_its_addresses_and_stops_on_signals() {
         stop(&child);
         assert!(child.wait().unwrap().success());
     }
+}
+
+#[test]
+fn it_tokenizes_as_a_model_does() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_loadgen"))
+        .args(["engine", "--no-scale-out", "--no-prompt-tokens-details", "--model-dir"])
+        .arg(fixture("tokenize-tiny"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let http = lines.next().unwrap();
+    let http = http.strip_prefix("http listening on ").unwrap().parse().unwrap();
+    let body = r#"{"messages": [{"role": "user", "content": "the time"}], "max_tokens": 1}"#;
+    let reply = post(http, "/v1/chat/completions", body).json();
+    // Seven of the template, one for each word, and a line break.
+    assert_eq!(reply["usage"]["prompt_tokens"], 10);
+    assert!(reply["usage"]["prompt_tokens_details"].is_null());
+    assert_eq!(post(http, "/v1/completions/render", "{}").status, 403);
+    terminate(&child);
+    assert!(child.wait().unwrap().success());
+
+    let wrong = Command::new(env!("CARGO_BIN_EXE_loadgen"))
+        .args(["engine", "--model-dir", "/nowhere"])
+        .output()
+        .unwrap();
+    assert!(!wrong.status.success());
+    let said = String::from_utf8_lossy(&wrong.stderr).into_owned();
+    assert!(said.contains("/nowhere/tokenizer.json"), "{said}");
 }

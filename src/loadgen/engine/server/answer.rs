@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -26,6 +27,8 @@ pub(super) struct Answer {
     pub(super) fingerprint: String,
     /// Does the last event tell what was used?
     pub(super) usage_at_end: bool,
+    /// Does it tell how many tokens were cached?
+    pub(super) usage_details: bool,
 }
 
 /// One prompt's answer.
@@ -76,7 +79,7 @@ impl Answer {
         let object = if self.chat { "chat.completion" } else { "text_completion" };
         let mut page = self.envelope(object);
         page["choices"] = parts.into();
-        page["usage"] = usage(&choices);
+        page["usage"] = self.usage(&choices);
         Ok(json_page(&page))
     }
 
@@ -84,7 +87,7 @@ impl Answer {
     pub(super) fn stream(
         self,
         choices: Vec<Choice>,
-        tokenizer: impl Tokenizer + Unpin + 'static,
+        tokenizer: Arc<dyn Tokenizer>,
     ) -> Response<Body> {
         let stage = Stage::Tokens;
         let events = Events { answer: self, choices, tokenizer, stage };
@@ -101,24 +104,24 @@ impl Answer {
         })
     }
 
+    fn usage(&self, choices: &[Choice]) -> Value {
+        let prompt: usize = choices.iter().map(|choice| choice.prompt_tokens).sum();
+        let made: usize = choices.iter().map(|choice| choice.made).sum();
+        let cached: usize = choices.iter().map(|choice| choice.cached_tokens).sum();
+        json!({
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": self.usage_details.then(|| json!({"cached_tokens": cached})),
+        })
+    }
+
     fn chunk(&self, choices: Value) -> Value {
         let object = if self.chat { "chat.completion.chunk" } else { "text_completion" };
         let mut chunk = self.envelope(object);
         chunk["choices"] = choices;
         chunk
     }
-}
-
-fn usage(choices: &[Choice]) -> Value {
-    let prompt: usize = choices.iter().map(|choice| choice.prompt_tokens).sum();
-    let made: usize = choices.iter().map(|choice| choice.made).sum();
-    let cached: usize = choices.iter().map(|choice| choice.cached_tokens).sum();
-    json!({
-        "prompt_tokens": prompt,
-        "completion_tokens": made,
-        "total_tokens": prompt + made,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -130,14 +133,14 @@ enum Stage {
 }
 
 /// The body of a streamed answer. Dropping it aborts what is not done.
-struct Events<T> {
+struct Events {
     answer: Answer,
     choices: Vec<Choice>,
-    tokenizer: T,
+    tokenizer: Arc<dyn Tokenizer>,
     stage: Stage,
 }
 
-impl<T: Tokenizer> Events<T> {
+impl Events {
     /// The next token of any choice, as an event.
     fn poll_token(&mut self, context: &mut Context<'_>) -> Poll<Option<Value>> {
         let mut open = false;
@@ -186,7 +189,7 @@ impl<T: Tokenizer> Events<T> {
             Stage::Usage => {
                 self.stage = Stage::Done;
                 let mut chunk = self.answer.chunk(json!([]));
-                chunk["usage"] = usage(&self.choices);
+                chunk["usage"] = self.answer.usage(&self.choices);
                 Poll::Ready(Some(chunk.to_string()))
             }
             Stage::Done => {
@@ -198,7 +201,7 @@ impl<T: Tokenizer> Events<T> {
     }
 }
 
-impl<T: Tokenizer + Unpin> HttpBody for Events<T> {
+impl HttpBody for Events {
     type Data = Bytes;
     type Error = Infallible;
 

@@ -1,7 +1,7 @@
 //! Bodies of OpenAI requests, and what is wrong with them.
 
 use hyper::{Response, StatusCode};
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::json;
 
 use super::{Body, json_page};
@@ -9,8 +9,6 @@ use crate::loadgen::engine::{sequence::Item, tokenizer::Tokenizer};
 
 /// Prompts of one request at most.
 const MAX_PROMPTS: usize = 64;
-/// Tokens that stand for an image.
-const IMAGE_TOKENS: usize = 64;
 
 /// Why a request is not served, as OpenAI's API says it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -39,6 +37,7 @@ impl BadRequest {
         let kind = match self.status {
             StatusCode::NOT_FOUND => "NotFoundError",
             StatusCode::BAD_REQUEST => "BadRequestError",
+            StatusCode::FORBIDDEN => "PermissionDeniedError",
             StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailableError",
             _ => "InvalidRequestError",
         };
@@ -69,15 +68,12 @@ pub(super) struct Ask {
 #[derive(Deserialize)]
 struct CompletionBody {
     prompt: Prompt,
-    #[serde(flatten)]
-    common: Common,
+    #[serde(default = "yes")]
+    add_special_tokens: bool,
 }
 
-#[derive(Deserialize)]
-struct ChatBody {
-    messages: Vec<Message>,
-    #[serde(flatten)]
-    common: Common,
+fn yes() -> bool {
+    true
 }
 
 #[derive(Deserialize)]
@@ -104,48 +100,18 @@ enum Prompt {
     TokenLists(Vec<Vec<u32>>),
 }
 
-#[derive(Deserialize)]
-struct Message {
-    role: String,
-    content: Option<Content>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Deserialize)]
-struct Part {
-    text: Option<String>,
-    image_url: Option<ImageUrl>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ImageUrl {
-    Object { url: String },
-    Text(String),
-}
-
 /// Reads a body.
 pub(super) fn parse(
     bytes: &[u8],
     chat: bool,
     tokenizer: &dyn Tokenizer,
 ) -> Result<Ask, BadRequest> {
-    let mut items = Vec::new();
-    let (prompts, common) = if chat {
-        let body: ChatBody = json_of(bytes)?;
-        if body.messages.is_empty() {
-            return Err(BadRequest::invalid("messages is empty"));
-        }
-        (vec![chat_tokens(&body.messages, tokenizer, &mut items)], body.common)
+    let common: Common = json_of(bytes)?;
+    let (prompts, items) = if chat {
+        let (prompt, items) = tokenizer.chat(bytes).map_err(BadRequest::invalid)?;
+        (vec![prompt], items)
     } else {
-        let body: CompletionBody = json_of(bytes)?;
-        (prompt_tokens(body.prompt, tokenizer), body.common)
+        (prompt_tokens(json_of(bytes)?, tokenizer)?, Vec::new())
     };
     if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
         return Err(BadRequest::invalid("a prompt has at least one token"));
@@ -176,12 +142,16 @@ pub(super) fn tokenize(bytes: &[u8], tokenizer: &dyn Tokenizer) -> Result<Vec<u3
     #[derive(Deserialize)]
     struct Body {
         prompt: Option<String>,
-        messages: Option<Vec<Message>>,
+        messages: Option<IgnoredAny>,
+        #[serde(default = "yes")]
+        add_special_tokens: bool,
     }
     match json_of(bytes)? {
-        Body { prompt: Some(prompt), .. } => Ok(tokenizer.encode(&prompt)),
-        Body { messages: Some(messages), .. } => {
-            Ok(chat_tokens(&messages, tokenizer, &mut Vec::new()))
+        Body { prompt: Some(prompt), add_special_tokens, .. } => {
+            tokenizer.text(&prompt, add_special_tokens).map_err(BadRequest::invalid)
+        }
+        Body { messages: Some(_), .. } => {
+            tokenizer.chat(bytes).map(|(tokens, _)| tokens).map_err(BadRequest::invalid)
         }
         _ => Err(BadRequest::invalid("neither prompt nor messages")),
     }
@@ -191,48 +161,24 @@ fn json_of<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, BadRequest> {
     serde_json::from_slice(bytes).map_err(|error| BadRequest::invalid(error.to_string()))
 }
 
-fn prompt_tokens(prompt: Prompt, tokenizer: &dyn Tokenizer) -> Vec<Vec<u32>> {
-    match prompt {
-        Prompt::Text(text) => vec![tokenizer.encode(&text)],
-        Prompt::Tokens(tokens) => vec![tokens],
-        Prompt::Texts(texts) => texts.iter().map(|text| tokenizer.encode(text)).collect(),
-        Prompt::TokenLists(lists) => lists,
+fn prompt_tokens(
+    body: CompletionBody,
+    tokenizer: &dyn Tokenizer,
+) -> Result<Vec<Vec<u32>>, BadRequest> {
+    let tokens =
+        |text: &str| tokenizer.text(text, body.add_special_tokens).map_err(BadRequest::invalid);
+    match body.prompt {
+        Prompt::Text(text) => Ok(vec![tokens(&text)?]),
+        Prompt::Tokens(tokens) => Ok(vec![tokens]),
+        Prompt::Texts(texts) => texts.iter().map(|text| tokens(text)).collect(),
+        Prompt::TokenLists(lists) => Ok(lists),
     }
-}
-
-/// The chat template: each message between marks that name its role, then the mark of the answer. A
-/// conversation that goes on has the tokens of the shorter one in front.
-fn chat_tokens(messages: &[Message], tokenizer: &dyn Tokenizer, items: &mut Vec<Item>) -> Vec<u32> {
-    let mut tokens = Vec::new();
-    for message in messages {
-        tokens.extend(tokenizer.encode(&format!("<|{}|>", message.role)));
-        match &message.content {
-            None => {}
-            Some(Content::Text(text)) => tokens.extend(tokenizer.encode(text)),
-            Some(Content::Parts(parts)) => {
-                for part in parts {
-                    if let Some(text) = &part.text {
-                        tokens.extend(tokenizer.encode(text));
-                    }
-                    if let Some(ImageUrl::Object { url } | ImageUrl::Text(url)) = &part.image_url {
-                        let hash = xxhash_rust::xxh3::xxh3_128(url.as_bytes());
-                        let (start, length) = (tokens.len(), IMAGE_TOKENS);
-                        items.push(Item { identifier: format!("{hash:032x}"), start, length });
-                        tokens.resize(start + length, tokenizer.vocabulary() - 1);
-                    }
-                }
-            }
-        }
-        tokens.extend(tokenizer.encode("<|end|>"));
-    }
-    tokens.extend(tokenizer.encode("<|assistant|>"));
-    tokens
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::loadgen::engine::tokenizer::Pieces;
+    use crate::loadgen::engine::tokenizer::pieces::{IMAGE_TOKENS, Pieces};
 
     fn completion(body: &str) -> Result<Ask, BadRequest> {
         parse(body.as_bytes(), false, &Pieces)
