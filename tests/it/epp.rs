@@ -3,6 +3,7 @@
 mod hermetic;
 mod http;
 mod path;
+mod precise;
 mod process;
 mod proxy;
 mod raw;

@@ -133,15 +133,19 @@ class Stack:
         self.epp = Program("epp", [
             os.path.join(options.binaries, "epp"), "--config-file", config, "--bind-address", "127.0.0.1", "--grpc-port", "0",
             "--grpc-health-port", "0", "--metrics-port", "0", "--secure-serving=false", "--health-checking",
-            *[f"--endpoint={pod.name}=127.0.0.1:{pod.port}" for pod in self.pods],
         ], options.folder)
         self.epp_metrics = self.epp.said("metrics listening on ")
         self.envoy(self.epp.said("ext_proc listening on "))
 
     def configuration(self):
         """The shipped profile, with this indexer and this model's tokenizer."""
+        endpoints = os.path.join(self.options.folder, "endpoints.yaml")
+        with open(endpoints, "w") as file:
+            file.write("endpoints:\n")
+            for pod in self.pods:
+                file.write(f"- {{name: {pod.name}, address: 127.0.0.1, port: '{pod.port}'}}\n")
         text = open(os.path.join(ROOT, "config", "epp-precise.yaml")).read()
-        for old, new in [("127.0.0.1:50051", self.indexer_grpc), ("/mnt/models", self.options.models_dir)]:
+        for old, new in [("127.0.0.1:50051", self.indexer_grpc), ("/mnt/models", self.options.models_dir), ("/etc/epp/endpoints.yaml", endpoints)]:
             assert old in text, f"{old} in config/epp-precise.yaml"
             text = text.replace(old, new)
         return text

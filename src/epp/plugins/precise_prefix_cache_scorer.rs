@@ -567,8 +567,10 @@ impl PreRequest for PrecisePrefixCache {
         let mut held = None;
         if let (Some(hot), Some(endpoint)) = (&self.hot, cycle.endpoints.get(computes)) {
             let tokens = input_tokens(cycle.request, cycle.produced);
-            held = hot.hold(endpoint, hot::uncached(matches, computes, tokens));
             let has = matches.matched.get(computes).copied().unwrap_or(0);
+            // What is only expected is still to be computed, and whoever shares it waits for it.
+            let confirmed = answer.rows.get(computes).map_or(has, |row| row.confirmed.min(has));
+            held = hot.hold(endpoint, hot::uncached(tokens, confirmed, matches.block));
             if answer.left_out.load(Relaxed) > has {
                 self.replications.inc();
             }

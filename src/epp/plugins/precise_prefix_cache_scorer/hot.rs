@@ -12,8 +12,11 @@
 //! are kept. The difference of the requests' own uncached tokens is what the match saves, so this is:
 //! the best holder has more in flight than another one, by more than its match saves.
 //!
-//! A prefix that is being computed counts once: its tokens are in flight to the pod that computes
-//! them, and with speculation the requests that queue behind it are only charged for their tails.
+//! A block that is only expected (see `speculation`) is one that the next request will not have to compute,
+//! and one that nobody has computed yet. So it counts as held in this request's own tokens, and as
+//! uncached in those in flight. Requests that share a prefix while it is being computed for the
+//! first time each count for it, though the engine computes it once: that is what spreads a rush,
+//! and an estimate that is too high ends with the first answer.
 //!
 //! Decoding requests do not count: they delay a prefill by little, and queue and cache scorers see
 //! them.
@@ -86,7 +89,7 @@ impl Hot {
         let cost = |at: usize| {
             let life = endpoints.get(at).and_then(|endpoint| in_flight.get(endpoint.id()));
             let waiting = life.map_or(0, |tokens| tokens.load(Relaxed));
-            waiting.saturating_add(uncached(matches, at, tokens))
+            waiting.saturating_add(uncached(tokens, held(at), matches.block))
         };
         let costs: Vec<u64> = keep.iter().map(|&at| cost(at)).collect();
         let best = keep.iter().zip(&costs).map(|(&at, &cost)| (held(at), cost));
@@ -112,10 +115,9 @@ impl Hot {
     }
 }
 
-/// Tokens of a prompt of `tokens` that the endpoint has to compute.
-pub(super) fn uncached(matches: &PrefixMatches, endpoint: usize, tokens: u64) -> u64 {
-    let held = matches.matched.get(endpoint).copied().unwrap_or(0);
-    tokens.saturating_sub(u64::from(held) * u64::from(matches.block))
+/// Tokens of a prompt of `tokens` that are to be computed where so many blocks are held.
+pub(super) fn uncached(tokens: u64, held: u32, block: u32) -> u64 {
+    tokens.saturating_sub(u64::from(held) * u64::from(block))
 }
 
 /// Uncached tokens of one request, until it is dropped.
