@@ -29,116 +29,62 @@ const ADDED: [&str; 8] =
     ["<|im_start|>", "<|im_end|>", "<|im_end|><|", "|><|x", "<|", "<think>", "\n\n", "<｜User｜>"];
 
 /// What texts are made of.
-const FRAGMENTS: [&str; 78] = [
-    "the",
-    "Hello",
-    "world",
-    "a",
-    "I",
-    "it's",
-    "'s",
-    "'S",
-    "'re",
-    "'",
-    "don't",
-    "x'll",
-    "naïve",
-    "É",
-    "e\u{301}",
-    "\u{301}",
-    " \u{308}",
-    "o\u{338}",
-    "\u{212a}",
-    "\u{37e}",
-    "ſ",
-    "'ſ",
-    "ß",
-    "ǅ",
-    "ʰ",
-    " ",
-    "  ",
-    "   ",
-    "\t",
-    "\n",
-    "\n\n",
-    "\r\n",
-    " \n ",
-    "\r",
-    "\u{a0}",
-    "\u{2000}",
-    "\u{2001}",
-    "\u{2009}",
-    "\u{3000}",
-    "\u{200b}",
-    "\u{feff}",
-    "\u{180e}",
-    "\u{85}",
-    "\u{1}",
-    "\u{7f}",
-    ".",
-    ",",
-    "!?",
-    "...",
-    "/",
-    "//",
-    "_",
-    "(",
-    ")",
-    "{\"k\":",
-    "\"",
-    "<",
-    "|",
-    ">",
-    "0",
-    "12",
-    "3456",
-    "٣",
-    "½",
-    "中",
-    "文字",
-    "，",
-    "。",
-    "、",
-    "！",
-    "（好）",
-    "かな",
-    "カナ",
-    "한국어",
-    "각",
-    "👍",
-    "👩‍👩‍👧",
-    "\u{e000}",
+#[rustfmt::skip]
+const FRAGMENTS: [&str; 82] = [
+    "the", "Hello", "world", "a", "I", "it's", "'s", "'S", "'re", "'", "don't", "x'll", "naïve", "É",
+    "e\u{301}", "\u{301}", " \u{308}", "o\u{338}", "\u{212a}", "\u{37e}", "ſ", "'ſ", "ß", "ǅ", "ʰ", " ",
+    "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\r", "\u{a0}", "\u{2000}", "\u{2001}", "\u{2009}",
+    "\u{3000}", "\u{200b}", "\u{feff}", "\u{180e}", "\u{85}", "\u{1}", "\u{7f}", ".", ",", "!?", "...",
+    "/", "//", "_", "(", ")", "{\"k\":", "\"", "<", "|", ">", "0", "12", "3456", "٣", "½", "中", "文字",
+    "，", "。", "、", "！", "（好）", "かな", "カナ", "한국어", "각", "👍", "👩‍👩‍👧", "\u{e000}", "'\u{301}",
+    "中'", "\u{1100}\u{1161}\u{11a8}", "ﬁ",
 ];
 
-struct Dice(fastrand::Rng);
+struct Dice {
+    random: fastrand::Rng,
+    /// Added tokens, whole or in part among the rest.
+    added: Vec<String>,
+}
 
 impl Dice {
+    fn new(seed: u64) -> Self {
+        let added = ADDED.map(str::to_owned).to_vec();
+        Self { random: fastrand::Rng::with_seed(seed), added }
+    }
+
     fn text(&mut self, most: usize) -> String {
-        let count = self.0.usize(..=most);
+        let count = self.random.usize(..=most);
         (0..count).map(|_| self.fragment()).collect()
     }
 
     fn fragment(&mut self) -> String {
-        match self.0.u8(..20) {
-            0 | 1 => ADDED[self.0.usize(..ADDED.len())].to_owned(),
+        match self.random.u8(..20) {
+            0 | 1 => self.added_token().to_owned(),
             2 => {
-                let whole = ADDED[self.0.usize(..ADDED.len())];
-                let end = whole.floor_char_boundary(self.0.usize(..whole.len()));
-                whole[..end].to_owned()
+                let start = self.random.bool();
+                let cut = self.random.usize(..24);
+                let whole = self.added_token();
+                let cut = whole.floor_char_boundary(cut.min(whole.len()));
+                if start { whole[..cut].to_owned() } else { whole[cut..].to_owned() }
             }
-            3 => char::from_u32(self.0.u32(..0x3_0000)).unwrap_or('x').to_string(),
-            4 => self.0.lowercase().to_string().repeat(self.0.usize(1..4)),
-            _ => FRAGMENTS[self.0.usize(..FRAGMENTS.len())].to_owned(),
+            3 => char::from_u32(self.random.u32(..0x3_0000)).unwrap_or('x').to_string(),
+            4 => self.random.lowercase().to_string().repeat(self.random.usize(1..4)),
+            _ => FRAGMENTS[self.random.usize(..FRAGMENTS.len())].to_owned(),
         }
     }
 
+    fn added_token(&mut self) -> &str {
+        let at = self.random.usize(..self.added.len());
+        &self.added[at]
+    }
+
     fn at(&mut self, text: &str) -> usize {
-        text.floor_char_boundary(self.0.usize(..=text.len()))
+        text.floor_char_boundary(self.random.usize(..=text.len()))
     }
 
     /// A text made of one that was there before.
     fn edit(&mut self, text: &mut String) {
-        match self.0.u8(..10) {
+        match self.random.u8(..10) {
             0..=4 => text.push_str(&self.text(12)),
             5 => text.truncate(self.at(text)),
             6 => {
@@ -146,8 +92,9 @@ impl Dice {
                 text.insert_str(at, &self.text(3));
             }
             7 => {
-                let (a, b) = (self.at(text), self.at(text));
-                text.replace_range(a.min(b)..a.max(b).min(a.min(b) + 9).max(a.min(b)), "");
+                let start = self.at(text);
+                let end = text.floor_char_boundary(start + self.random.usize(..12));
+                text.replace_range(start..end.max(start), "");
             }
             8 => {
                 let (a, b) = (self.at(text), self.at(text));
@@ -174,11 +121,18 @@ fn check(name: &str, tokenizer: Tokenizer, cuts: Cuts, cases: u64) {
     let tiny = Encoder::new(Arc::clone(&tokenizer), CacheConfig { bytes: 96 << 10 });
     assert_eq!(roomy.cuts(), cuts, "{name}");
     let seed = knob("TOKENIZE_SEED", 1);
-    let mut dice = Dice(fastrand::Rng::with_seed(seed));
+    let mut dice = Dice::new(seed);
+    let own = tokenizer.get_added_vocabulary().get_added_tokens_decoder().values();
+    // The many reserved ones are alike.
+    let own =
+        own.filter(|token| !token.content.contains("reserved") && !token.content.contains("place"));
+    dice.added.extend(own.map(|token| token.content.clone()));
+    dice.added.sort_unstable();
+    dice.added.dedup();
     let mut text = String::new();
     for case in 0..cases {
         dice.edit(&mut text);
-        let special = dice.0.bool();
+        let special = dice.random.bool();
         let expected = tokenizer.encode(text.as_str(), special).unwrap();
         let round = |encoder: &Encoder| {
             let cold = encoder.cold_bytes(&text);
@@ -210,7 +164,7 @@ fn byte_char(byte: u8) -> char {
 
 /// A byte-level BPE that merges without regard to words: a wrong cut shows in the ids.
 fn bpe(seed: u64) -> Value {
-    let mut dice = Dice(fastrand::Rng::with_seed(seed));
+    let mut dice = Dice::new(seed);
     let mut tokens: Vec<String> = (0..=255).map(|byte| byte_char(byte).to_string()).collect();
     let mut vocabulary = serde_json::Map::new();
     for (id, token) in tokens.iter().enumerate() {
@@ -234,7 +188,7 @@ fn bpe(seed: u64) -> Value {
 
 /// Two tokens that stand side by side somewhere in a text.
 fn pair(dice: &mut Dice, tokens: &[String], text: &str) -> Option<(String, String)> {
-    let at = text.char_indices().map(|(at, _)| at).nth(dice.0.usize(..text.len().max(1)))?;
+    let at = text.char_indices().map(|(at, _)| at).nth(dice.random.usize(..text.len().max(1)))?;
     let fits = |rest: &str| {
         let longest = tokens.iter().filter(|token| token.len() < 12 && rest.starts_with(*token));
         longest.max_by_key(|token| token.len()).cloned()
@@ -436,7 +390,7 @@ fn threads_that_encode_at_once_agree() {
         for thread in 0..4 {
             let (encoder, tokenizer) = (&encoder, &tokenizer);
             scope.spawn(move || {
-                let mut dice = Dice(fastrand::Rng::with_seed(thread % 2));
+                let mut dice = Dice::new(thread % 2);
                 let mut text = String::new();
                 for _ in 0..100 {
                     dice.edit(&mut text);
