@@ -62,7 +62,7 @@ pub fn run(args: &TokenizeArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         pool: PoolConfig { threads: 1, ..PoolConfig::default() },
         ..LocalConfig::default()
     };
-    let tokenizers = Local::load(&config, &Registry::new(), "kv_indexer")?;
+    let tokenizers = Local::load(&config, &Registry::new(), "kv")?;
     let name = args.file.display();
     let lines: Box<dyn BufRead> = if args.file.as_os_str() == "-" {
         Box::new(io::stdin().lock())
