@@ -20,7 +20,9 @@
 //!
 //! # Cost
 //!
-//! A job that goes to a thread and back costs two wake-ups, some 10 µs of CPU time.
+//! A job that goes to a thread and back costs two wake-ups: 8 µs of CPU time, 15 µs of waiting. Short
+//! known prompts, which take about as long themselves, take the trip all the same: whether one is
+//! known shows only once its template is rendered.
 
 use std::{
     collections::VecDeque,
