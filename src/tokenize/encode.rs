@@ -37,7 +37,7 @@
 //! ids, about two bytes for each byte of text.
 
 use std::sync::{
-    Arc,
+    Arc, Mutex, Weak,
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
@@ -51,6 +51,8 @@ use self::{
     cache::{Chunks, Words},
     plan::{Part, Plan},
 };
+
+use crate::support::{metrics::family, sync::lock};
 
 mod added;
 mod cache;
@@ -256,25 +258,36 @@ impl Encoder {
     }
 }
 
-/// Registers `{prefix}_token_cache_…` over the given encoders, by model.
+/// Adds encoders, by model, to the metrics `{prefix}_token_cache_…`. Whoever asks again adds to those that
+/// are there; encoders that are gone do not count any more.
 ///
 /// # Errors
 ///
-/// When a name is illegal or taken.
+/// When a name is illegal, or taken by another metric.
 pub fn register(
     registry: &Registry,
     prefix: &str,
     encoders: Vec<(String, Arc<Encoder>)>,
 ) -> prometheus::Result<()> {
-    let shape = Series::new(prefix)?;
-    registry.register(Box::new(StatsCollector { prefix: prefix.to_owned(), shape, encoders }))
+    let shape = Arc::new(Series::new(prefix)?);
+    let collector = StatsCollector { prefix: prefix.to_owned(), shape, encoders: Arc::default() };
+    let known = family(registry, collector)?.encoders;
+    let mut known = lock(&known);
+    known.retain(|(_, encoder)| encoder.strong_count() > 0);
+    known.extend(encoders.into_iter().map(|(model, encoder)| (model, Arc::downgrade(&encoder))));
+    Ok(())
 }
 
+/// An encoder and its model.
+type Registered = (String, Weak<Encoder>);
+
+/// Reads the encoders' numbers when it is asked for them.
+#[derive(Clone)]
 struct StatsCollector {
     prefix: String,
     /// Describes the series; never filled.
-    shape: Series,
-    encoders: Vec<(String, Arc<Encoder>)>,
+    shape: Arc<Series>,
+    encoders: Arc<Mutex<Vec<Registered>>>,
 }
 
 impl Collector for StatsCollector {
@@ -285,7 +298,8 @@ impl Collector for StatsCollector {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let Ok(series) = Series::new(&self.prefix) else { return Vec::new() };
-        for (model, encoder) in &self.encoders {
+        for (model, encoder) in &*lock(&self.encoders) {
+            let Some(encoder) = encoder.upgrade() else { continue };
             let stats = encoder.stats();
             let values = [
                 stats.hits,
@@ -298,7 +312,7 @@ impl Collector for StatsCollector {
                 counter.with_label_values(&[model]).inc_by(value);
             }
             let bytes = i64::try_from(stats.bytes).unwrap_or(i64::MAX);
-            series.bytes.with_label_values(&[model]).set(bytes);
+            series.bytes.with_label_values(&[model]).add(bytes);
         }
         let counters = series.counters.iter().flat_map(Collector::collect);
         counters.chain(series.bytes.collect()).collect()
@@ -312,17 +326,21 @@ struct Series {
 
 impl Series {
     fn new(prefix: &str) -> prometheus::Result<Self> {
-        let opts = |name: &str, help: &str| Opts::new(format!("{prefix}_token_cache_{name}"), help);
+        let opts = |name: &str, help: &str| Opts::new(format!("{prefix}_{name}"), help);
         let counter = |name, help| IntCounterVec::new(opts(name, help), &["model"]);
+        let bytes = opts("token_cache_bytes", "Bytes of texts and token ids.");
         Ok(Self {
             counters: [
-                counter("hits_total", "Chunks of text whose token ids were remembered.")?,
-                counter("misses_total", "Chunks of text that had to be tokenized.")?,
-                counter("reused_tokens_total", "Token ids that were remembered.")?,
-                counter("encoded_tokens_total", "Token ids that had to be made.")?,
-                counter("evictions_total", "Chunks forgotten for want of room.")?,
+                counter(
+                    "token_cache_hits_total",
+                    "Chunks of text whose token ids were remembered.",
+                )?,
+                counter("token_cache_misses_total", "Chunks of text that had to be tokenized.")?,
+                counter("token_cache_reused_tokens_total", "Token ids that were remembered.")?,
+                counter("token_cache_encoded_tokens_total", "Token ids that had to be made.")?,
+                counter("token_cache_evictions_total", "Chunks forgotten for want of room.")?,
             ],
-            bytes: IntGaugeVec::new(opts("bytes", "Bytes of texts and token ids."), &["model"])?,
+            bytes: IntGaugeVec::new(bytes, &["model"])?,
         })
     }
 }

@@ -14,8 +14,8 @@ use serde::Deserialize;
 use super::{
     Input, Tokenize, TokenizeError, Tokenized,
     chat::{self, Chat},
-    encode::{CacheConfig, Encoder},
-    pool::{Pool, PoolConfig},
+    encode::{self, CacheConfig, Encoder},
+    pool::{Pool, PoolConfig, SMALL_BYTES, Step},
     template::{self, Clock, Template},
 };
 
@@ -74,10 +74,13 @@ impl Local {
                 directories.entry(name).or_insert(directory);
             }
         }
-        let mut models = BTreeMap::new();
+        let mut models = BTreeMap::<String, Arc<Model>>::new();
         for (name, directory) in &directories {
             models.insert(name.clone(), Arc::new(Model::load(directory, config.cache, clock)?));
         }
+        let encoders =
+            models.iter().map(|(name, model)| (name.clone(), Arc::clone(&model.encoder)));
+        encode::register(registry, prefix, encoders.collect())?;
         for (alias, name) in &config.aliases {
             let Some(model) = models.get(name).cloned() else {
                 bail!("the alias {alias:?} stands for {name:?}, of which there is no tokenizer");
@@ -112,7 +115,8 @@ impl Local {
     ///
     /// [`TokenizeError`], except those of the queue.
     pub fn tokenize_now(&self, model: &str, input: &Input) -> Result<Tokenized, TokenizeError> {
-        self.model(model)?.tokenize(input)
+        let model = self.model(model)?;
+        model.ids(&model.prompt(input.clone())?)
     }
 
     fn model(&self, name: &str) -> Result<&Arc<Model>, TokenizeError> {
@@ -124,13 +128,21 @@ impl Local {
 impl Tokenize for Local {
     async fn tokenize(&self, model: &str, input: Input) -> Result<Tokenized, TokenizeError> {
         let model = Arc::clone(self.model(model)?);
-        self.pool.run(move || model.tokenize(&input)).await
+        let first = move || {
+            let prompt = model.prompt(input)?;
+            Ok(if model.is_small(&prompt) {
+                Step::Done(model.ids(&prompt)?)
+            } else {
+                Step::Large((model, prompt))
+            })
+        };
+        self.pool.run_in_steps(first, |(model, prompt)| model.ids(&prompt)).await
     }
 }
 
 /// A tokenizer and the templates of its directory.
 struct Model {
-    encoder: Encoder,
+    encoder: Arc<Encoder>,
     /// Special tokens by name, such as `bos_token`.
     special: BTreeMap<String, String>,
     templates: BTreeMap<String, Template>,
@@ -178,21 +190,36 @@ impl Model {
                 special.insert(name, token.to_owned());
             }
         }
-        Ok(Self { encoder: Encoder::new(Arc::new(tokenizer), cache), special, templates })
+        let encoder = Arc::new(Encoder::new(Arc::new(tokenizer), cache));
+        Ok(Self { encoder, special, templates })
     }
 
-    fn tokenize(&self, input: &Input) -> Result<Tokenized, TokenizeError> {
-        let (text, add_special_tokens, chat) = match input {
+    /// The text that the model sees.
+    fn prompt(&self, input: Input) -> Result<Prompt, TokenizeError> {
+        Ok(match input {
             Input::Text { text, add_special_tokens } => {
-                return self.encode(text, *add_special_tokens).map(Tokenized::from);
+                Prompt { text, add_special_tokens, chat: None }
             }
             Input::Chat(body) => {
-                let chat = Chat::parse(body)?;
-                (self.render(&chat)?, chat.add_special_tokens(), chat)
+                let chat = Chat::parse(&body)?;
+                let text = self.render(&chat)?.into();
+                let add_special_tokens = chat.add_special_tokens();
+                Prompt { text, add_special_tokens, chat: Some(chat) }
             }
-        };
-        let mut ids = self.encode(&text, add_special_tokens)?;
-        chat.truncate(&mut ids);
+        })
+    }
+
+    /// Is little of it new?
+    fn is_small(&self, Prompt { text, .. }: &Prompt) -> bool {
+        text.len() <= SMALL_BYTES || self.encoder.cold_bytes(text) <= SMALL_BYTES
+    }
+
+    fn ids(&self, prompt: &Prompt) -> Result<Tokenized, TokenizeError> {
+        let ids = self.encoder.encode(&prompt.text, prompt.add_special_tokens);
+        let mut ids = ids.map_err(TokenizeError::Invalid)?;
+        if let Some(chat) = &prompt.chat {
+            chat.truncate(&mut ids);
+        }
         Ok(ids.into())
     }
 
@@ -208,10 +235,14 @@ impl Model {
         }
         Ok(text)
     }
+}
 
-    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizeError> {
-        self.encoder.encode(text, add_special_tokens).map_err(TokenizeError::Invalid)
-    }
+/// A text on its way to ids.
+struct Prompt {
+    text: Arc<str>,
+    add_special_tokens: bool,
+    /// What it was rendered from.
+    chat: Option<Chat>,
 }
 
 /// What of `tokenizer_config.json` matters.

@@ -223,6 +223,10 @@ fn registered() -> BTreeSet<String> {
         }
         let code = source.code.split("#[cfg(test)]").next().unwrap_or_default();
         for literal in code.split('"').skip(1).step_by(2).filter(|text| text.chars().all(is_word)) {
+            if literal.starts_with("tokenize_") || literal.starts_with("token_cache_") {
+                names.extend(["kv", "epp"].map(|process| format!("{process}_{literal}")));
+                continue;
+            }
             let ours = PREFIXES.iter().any(|prefix| literal.starts_with(prefix));
             if ours && !literal.ends_with('_') {
                 names.insert(literal.to_owned());

@@ -23,4 +23,5 @@ mod service;
 mod streams;
 mod support;
 mod tokenize;
+mod tokenize_cache;
 mod wire;

@@ -157,3 +157,33 @@ fn truncation_keeps_the_end_unless_told_otherwise() {
     check(&template, &with(r#""truncate_prompt_tokens":-1"#), Ok(&[1, 2, 5]));
     check(&template, &with(r#""truncate_prompt_tokens":0"#), Ok(&[]));
 }
+
+#[tokio::test]
+async fn threads_give_the_ids_that_the_caller_would_make() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("m/tokenizer.json"), TOKENIZER);
+    let pool = PoolConfig { budget: std::time::Duration::MAX, ..PoolConfig::default() };
+    let registry = Registry::new();
+    let load = || {
+        let config = LocalConfig { pool, ..below(folder.path()) };
+        Local::load(&config, &registry, "models_test").unwrap()
+    };
+    let (local, other) = (load(), load());
+    for words in [0, 1, SMALL_BYTES / 2, SMALL_BYTES] {
+        let text = Input::Text { text: "a b ".repeat(words).into(), add_special_tokens: true };
+        for _ in 0..2 {
+            let ids = local.tokenize("m", text.clone()).await.unwrap().ids;
+            assert_eq!(ids.len(), words * 2);
+            assert_eq!(Ok(ids), other.tokenize_now("m", &text).map(|tokenized| tokenized.ids));
+        }
+    }
+    assert_eq!(
+        local.tokenize("m", Input::Chat(b"{}".as_slice().into())).await.err(),
+        local.tokenize_now("m", &Input::Chat(b"{}".as_slice().into())).err()
+    );
+    let text = crate::support::metrics::encode(&registry).unwrap();
+    assert!(text.contains("models_test_tokenize_seconds_count 9"), "{text}");
+    let count = "models_test_token_cache_hits_total{model=\"m\"} ";
+    let hits = text.lines().find_map(|line| line.strip_prefix(count)).map(str::to_owned);
+    assert!(hits.as_ref().is_some_and(|hits| hits != "0"), "{text}");
+}
