@@ -62,7 +62,7 @@ impl Fleet {
                     num_gpu_blocks: 20_000,
                     events: Some(format!("tcp://{}:{socket_port}", ip(number))),
                     replay: Some(format!("tcp://{}:{replay_port}", ip(number))),
-                    pace: pace.clone(),
+                    pace: *pace,
                     ..EngineOptions::default()
                 };
                 let engine = runtime.block_on(Engine::start(options));
