@@ -433,3 +433,27 @@ impl Fleet {
         self.changed();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::{IndexConfig, naive::NaiveIndex};
+
+    #[test]
+    fn trust_is_that_of_the_status() {
+        let fleet = Fleet::new(Arc::new(NaiveIndex::new(IndexConfig::default())));
+        let id = RowId { pod: "a".into(), rank: None };
+        let (scheme, model) = (crate::hash::Models::default().default, "m".into());
+        let row = fleet.add(id, "", &scheme, &model, CountMode::Counted).unwrap();
+        assert_eq!(row.trust(), (PodState::Connecting, false));
+        for state in PodState::ALL {
+            for stale in [false, true] {
+                row.update(|status| (status.state, status.stale) = (state, stale));
+                assert_eq!(row.trust(), (state, stale));
+            }
+        }
+        let id = RowId { pod: "a".into(), rank: Some(1) };
+        let again = fleet.replace(&row, id, &scheme, &model, CountMode::Counted).unwrap();
+        assert_eq!(again.trust(), row.trust());
+    }
+}

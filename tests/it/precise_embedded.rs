@@ -452,3 +452,29 @@ fn events_confirm_speculative_entries() {
     rig.end();
     mock.end();
 }
+
+#[test]
+fn blocks_that_are_announced_again_are_noticed() {
+    let mut engine = Publisher::bind("kv@a@mock");
+    let rig = Rig::start(config(port(&engine.endpoint)));
+    let endpoint = rig.add("a", local(1));
+    engine.subscribed();
+    let prompt: Vec<u32> = (0..64 * 16).collect();
+    engine.send("store 1-64 of 0-1023");
+    rig.until(&prompt, &endpoint, 64);
+    rig.impeded(&[]);
+    engine.send("store 1-64 of 0-1023");
+    eventually("a finding", || {
+        let found = rig.index.impediments(MODEL);
+        let said = |it: &String| it.starts_with("engines announce blocks again");
+        if found.len() == 1 && said(&found[0]) { Ok(()) } else { Err(format!("{found:?}")) }
+    });
+    // Every second copy ends, and with one each nothing is wrong.
+    engine.send("remove 1-64");
+    rig.impeded(&[]);
+    assert_eq!(rig.score(&rig.query(&prompt), &endpoint).confirmed, 64);
+    engine.send("store 1-64 of 0-1023; clear; store 1 of 0-15");
+    rig.until(&prompt, &endpoint, 1);
+    rig.impeded(&[]);
+    rig.end();
+}

@@ -343,16 +343,19 @@ impl Matching {
             let ip = by_ip.entry(endpoint.ip().to_string());
             ip.and_modify(|known| *known = None).or_insert(Some(endpoint.id()));
         }
+        let here: HashSet<EndpointId> = list.iter().map(|endpoint| endpoint.id()).collect();
         let mut rows: HashMap<EndpointId, Vec<Arc<Row>>> = HashMap::new();
         let mut models = BTreeSet::new();
         for row in &table.rows {
             let pod = &*row.id.pod;
-            let endpoint = lives
-                .get(pod)
-                .or_else(|| by_address.get(pod))
-                .copied()
-                .or_else(|| by_name.get(pod).copied().flatten())
-                .or_else(|| by_ip.get(pod).copied().flatten());
+            let endpoint = match lives.get(pod) {
+                Some(life) => here.contains(life).then_some(*life),
+                None => by_address
+                    .get(pod)
+                    .copied()
+                    .or_else(|| by_name.get(pod).copied().flatten())
+                    .or_else(|| by_ip.get(pod).copied().flatten()),
+            };
             if let Some(endpoint) = endpoint {
                 rows.entry(endpoint).or_default().push(Arc::clone(row));
             }
