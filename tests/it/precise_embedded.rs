@@ -3,7 +3,10 @@
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpListener},
-    sync::Arc,
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
     time::Duration,
 };
 
@@ -75,8 +78,10 @@ fn local(port: u16) -> SocketAddr {
 
 impl Rig {
     fn start(config: EmbeddedConfig) -> Self {
-        // Tasks must go on while the test does not wait for any.
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        // Tasks must go on while the test does not wait for any. One thread may block: see `pause`.
+        let mut runtime = Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(1).max_blocking_threads(1).enable_all().build();
+        let runtime = runtime.unwrap();
         let (endpoints, registry) = (Arc::new(Endpoints::new()), Registry::new());
         let (index, task) = start(config, &endpoints, &registry).unwrap();
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
@@ -103,6 +108,19 @@ impl Rig {
         });
         let list = self.endpoints.list();
         Arc::clone(list.iter().find(|it| it.info().name.name == name).unwrap())
+    }
+
+    /// No publisher is declared or ended until the answer is dropped.
+    fn pause(&self) -> Sender<()> {
+        let (begun, begins) = channel();
+        let (go_on, paused) = channel::<()>();
+        self.runtime.spawn_blocking(move || {
+            begun.send(()).unwrap();
+            // An error, since nothing is ever sent.
+            paused.recv().unwrap_or_default();
+        });
+        begins.recv().unwrap();
+        go_on
     }
 
     /// A question about several prompts; `None` while nothing is known of the model.
@@ -276,8 +294,12 @@ fn an_endpoint_that_takes_the_address_of_another_begins_with_nothing() {
         rig.until(&tokens(0), &first, 4);
         rig.query(&tokens(0))
     };
+    let pause = rig.pause();
     let second = rig.add_labelled("a", local(1), "new");
     assert_ne!(first.id(), second.id());
+    assert_eq!(rig.score(&query, &second), EndpointMatch::default());
+    assert_eq!(rig.score(&query, &first), EndpointMatch::default());
+    drop(pause);
     eventually("the new life's row", || {
         let found = rig.score(&query, &second);
         assert_eq!(found.depth, 0, "the old life's");
