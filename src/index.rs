@@ -170,10 +170,27 @@ pub struct PodUsage {
     pub bytes: u64,
     /// Some attention group is of a kind that is not scored.
     pub hybrid_unsupported: bool,
-    /// Adapter names seen, at most 64.
+    /// Adapter names seen, at most [`MAX_LORAS`](Self::MAX_LORAS).
     pub loras: Vec<Arc<str>>,
     /// Engine block sizes seen, at most 8.
     pub block_sizes: Vec<u32>,
+    /// Of `blocks_by_tier`, those that are announced once more at least than removed.
+    pub repeated: u64,
+}
+
+impl PodUsage {
+    /// Adapter names remembered at most.
+    pub const MAX_LORAS: usize = 64;
+    /// Repeated blocks from which they mean something: a few are copies that requests made at once.
+    const MANY_REPEATED: u64 = 64;
+
+    /// Does the engine look like one that announces blocks again which it holds already? More than
+    /// half of them, and not only a few. Counted as copies they outlive their removal.
+    #[must_use]
+    pub fn reannounces(&self) -> bool {
+        let held: u64 = self.blocks_by_tier.iter().sum();
+        self.repeated >= Self::MANY_REPEATED && self.repeated > held / 2
+    }
 }
 
 /// How much the index holds.

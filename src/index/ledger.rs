@@ -41,8 +41,6 @@ const NO_PART: Part = Part::MAX;
 pub(crate) const MIXED: u8 = TierTable::MAX as u8;
 /// Removed request keys remembered for `Explain`.
 const REMOVED_HISTORY: usize = 4096;
-/// Adapter names remembered.
-const MAX_LORAS: usize = 64;
 /// Engine block sizes remembered.
 const MAX_BLOCK_SIZES: usize = 8;
 
@@ -92,6 +90,8 @@ pub(crate) struct Ledger {
     roots: Vec<(Arc<str>, RequestKey)>,
     block_sizes: Vec<u32>,
     by_tier: [u64; TierTable::MAX],
+    /// Counts above 1.
+    repeated: u64,
     odd_bytes: u64,
     scratch: Vec<u8>,
 }
@@ -116,6 +116,7 @@ impl Ledger {
             removed: VecDeque::new(),
             block_sizes: Vec::new(),
             by_tier: [0; TierTable::MAX],
+            repeated: 0,
             odd_bytes: 0,
             scratch: Vec::new(),
         }
@@ -194,7 +195,7 @@ impl Ledger {
             return *root;
         }
         let root = self.spec.scheme.root(&self.spec.model, lora);
-        if self.roots.len() <= MAX_LORAS {
+        if self.roots.len() <= PodUsage::MAX_LORAS {
             self.roots.push((Arc::from(lora), root));
         }
         root
@@ -337,6 +338,7 @@ impl Ledger {
             self.entries.entry(at).or_insert_with(|| Entry { counts: Counts::new(), place: None });
         if let Some((_, count)) = entry.counts.iter_mut().find(|(held, _)| *held == tier) {
             if self.mode == CountMode::Counted {
+                self.repeated += u64::from(*count == 1);
                 *count = count.saturating_add(1);
             }
             return;
@@ -359,6 +361,8 @@ impl Ledger {
             };
             let count = &mut entry.counts[held].1;
             *count -= 1;
+            // The last copy but one goes, or in a mode that was not there at first all of them.
+            self.repeated -= u64::from(*count == 1 || (*count > 1 && self.mode == CountMode::Set));
             if *count > 0 && self.mode == CountMode::Counted {
                 continue;
             }
@@ -549,6 +553,7 @@ impl Ledger {
         self.removed.clear();
         self.orphans.clear();
         self.by_tier = [0; TierTable::MAX];
+        self.repeated = 0;
         self.odd_bytes = 0;
     }
 
@@ -575,6 +580,7 @@ impl Ledger {
             hybrid_unsupported: self.groups.iter().any(|g| g.kind == GroupKind::Unsupported),
             loras: self.roots.iter().skip(1).map(|(name, _)| Arc::clone(name)).collect(),
             block_sizes: self.block_sizes.clone(),
+            repeated: self.repeated,
         }
     }
 }

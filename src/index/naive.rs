@@ -507,6 +507,7 @@ impl BlockIndex for NaiveIndex {
             for (tier, _) in entry.counts.iter().filter(|(_, count)| **count > 0) {
                 usage.blocks_by_tier[usize::from(tier.0)] += 1;
             }
+            usage.repeated += entry.counts.values().filter(|count| **count > 1).count() as u64;
         }
         usage
     }

@@ -14,7 +14,7 @@ use std::{
     collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
 };
 
@@ -75,6 +75,8 @@ pub struct Row {
     /// Hash settings of its model.
     pub scheme: Arc<Scheme>,
     status: Mutex<RowStatus>,
+    /// State and stale overlay of `status`: every score asks for them of every row.
+    trust: AtomicU8,
     applied: Mutex<Applied>,
     /// Told only while somebody listens: a batch is cheaper than waking nobody.
     progress: watch::Sender<Progress>,
@@ -148,6 +150,13 @@ impl RowStatus {
     }
 }
 
+/// The bit of the stale overlay beside the state's place in [`PodState::ALL`].
+const STALE: u8 = 1 << 7;
+
+fn packed(state: PodState, stale: bool) -> u8 {
+    state as u8 | if stale { STALE } else { 0 }
+}
+
 impl Row {
     fn new(
         id: RowId,
@@ -163,6 +172,7 @@ impl Row {
             endpoint: Arc::from(endpoint),
             scheme: Arc::clone(scheme),
             status: Mutex::default(),
+            trust: AtomicU8::new(packed(PodState::default(), false)),
             applied: Mutex::new(Applied { progress: START, visible: VecDeque::new() }),
             progress: watch::Sender::new(START),
         })
@@ -174,16 +184,19 @@ impl Row {
         lock(&self.status).clone()
     }
 
-    /// State and stale overlay, without a copy of the rest.
+    /// State and stale overlay, without a lock.
     #[must_use]
     pub fn trust(&self) -> (PodState, bool) {
-        let status = lock(&self.status);
-        (status.state, status.stale)
+        let trust = self.trust.load(Ordering::Acquire);
+        let state = PodState::ALL.get(usize::from(trust & !STALE)).copied();
+        (state.unwrap_or_default(), trust & STALE != 0)
     }
 
     /// Changes the status in place.
     pub fn update(&self, change: impl FnOnce(&mut RowStatus)) {
-        change(&mut lock(&self.status));
+        let mut status = lock(&self.status);
+        change(&mut status);
+        self.trust.store(packed(status.state, status.stale), Ordering::Release);
     }
 
     /// How far the stream is applied.
@@ -418,5 +431,29 @@ impl Fleet {
         let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
         self.table.store(Arc::new(Table::new(rows, version)));
         self.changed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::{IndexConfig, naive::NaiveIndex};
+
+    #[test]
+    fn trust_is_that_of_the_status() {
+        let fleet = Fleet::new(Arc::new(NaiveIndex::new(IndexConfig::default())));
+        let id = RowId { pod: "a".into(), rank: None };
+        let (scheme, model) = (crate::hash::Models::default().default, "m".into());
+        let row = fleet.add(id, "", &scheme, &model, CountMode::Counted).unwrap();
+        assert_eq!(row.trust(), (PodState::Connecting, false));
+        for state in PodState::ALL {
+            for stale in [false, true] {
+                row.update(|status| (status.state, status.stale) = (state, stale));
+                assert_eq!(row.trust(), (state, stale));
+            }
+        }
+        let id = RowId { pod: "a".into(), rank: Some(1) };
+        let again = fleet.replace(&row, id, &scheme, &model, CountMode::Counted).unwrap();
+        assert_eq!(again.trust(), row.trust());
     }
 }

@@ -66,7 +66,10 @@ fn compare(subject: &dyn BlockIndex, oracle: &dyn BlockIndex, world: &World) -> 
     for slot in world.slots() {
         let (got, want) = (subject.pod_usage(slot), oracle.pod_usage(slot));
         let told = |usage: &kv_indexer::index::PodUsage| {
-            (usage.blocks, usage.blocks_by_tier.clone(), usage.orphans, usage.hybrid_unsupported)
+            (
+                (usage.blocks, usage.blocks_by_tier.clone(), usage.repeated),
+                (usage.orphans, usage.hybrid_unsupported),
+            )
         };
         if told(&got) != told(&want) {
             return Err(format!("usage of {slot:?}: got {:?}, want {:?}", told(&got), told(&want)));

@@ -10,7 +10,7 @@
 mod bad_input;
 mod bind;
 mod conformance;
-mod engine;
+pub(crate) mod engine;
 mod hybrid;
 mod identity;
 mod lines;
@@ -18,4 +18,4 @@ mod orphans;
 mod process;
 mod replay;
 mod rig;
-mod script;
+pub(crate) mod script;

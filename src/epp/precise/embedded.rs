@@ -8,6 +8,9 @@
 //! ends in `-rank-N`. Engines that connect to a bound socket are known by what their topics say, and
 //! their rows are matched to endpoints as [`precise`](super) says.
 //!
+//! A declared publisher's rows belong to the life that it was declared for, and to no other at the
+//! same address: what an engine held before says nothing of the one that took its place.
+//!
 //! # Concurrency
 //!
 //! Questions are answered on the thread that asks. Which rows are an endpoint's is worked out anew
@@ -15,12 +18,15 @@
 //! system calls; it is done on a blocking thread, which compares what there is with what there should be.
 //! So no queue of changes can grow.
 //!
+//! Sockets and threads begin with the task that [`start`] returns. Before that the index is empty.
+//!
 //! # Failure
 //!
-//! A publisher that cannot be had is logged, and tried again each second.
+//! A publisher that cannot be had is logged, and tried again each second. A bind address that cannot be
+//! had, or a thread that ends, ends the task.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -40,7 +46,7 @@ use crate::{
         scheduling::{BoxFuture, Task},
     },
     hash::Models,
-    index::{IndexConfig, Match, dash::DashIndex},
+    index::{IndexConfig, Match, PodUsage, dash::DashIndex},
     ingest::{
         Ingest, IngestConfig,
         fleet::{Fleet, PodDeclaration, Row, Table},
@@ -55,8 +61,11 @@ const MAX_SPECULATIONS: usize = 65_536;
 /// How often it is looked whether the threads of ingest still run, and refused publishers are tried
 /// again.
 const CHECK: Duration = Duration::from_secs(1);
-/// How long what has been received is still applied at the end.
-const DRAIN: Duration = Duration::from_secs(5);
+/// How long it is waited at the end until what has been received is applied. Nobody asks any more, so
+/// this is for threads to end in good order, and well within what a drain leaves for it.
+const DRAIN: Duration = Duration::from_secs(1);
+/// Names in one finding at most.
+const NAMED: usize = 8;
 /// What precedes the rank in the name of an endpoint.
 const RANK_SUFFIX: &str = "-rank-";
 
@@ -89,11 +98,13 @@ pub struct EmbeddedConfig {
     pub lanes: usize,
 }
 
-/// Makes the index and what feeds it.
+/// Makes the index and the task that feeds it.
+///
+/// Several indexes in one process work beside each other; the metrics are those of the first.
 ///
 /// # Errors
 ///
-/// When a thread or socket cannot be made, or metrics cannot be registered.
+/// When metrics cannot be registered.
 pub fn start(
     config: EmbeddedConfig,
     endpoints: &Arc<Endpoints>,
@@ -118,29 +129,56 @@ pub fn start(
     }));
     let fleet = Arc::new(Fleet::new(index));
     let speculations = Arc::new(Speculations::new(Arc::clone(fleet.index()), MAX_SPECULATIONS));
-    let metrics = IngestMetrics::register(registry)?;
-    let (of_rows, live) = (Arc::clone(&fleet), Arc::clone(&speculations));
-    let collector = FleetCollector::new(of_rows, Arc::clone(&tiers), Some(live))?;
-    registry.register(Box::new(collector))?;
-    let models = config.models.clone();
-    let ingest = Ingest::start(ingest_config, models, tiers, Arc::clone(&fleet), metrics)
-        .context("the embedded index cannot be fed")?;
-    let follower = Follower {
-        ingest: Arc::new(ingest),
-        endpoints: Arc::clone(endpoints),
-        wake: Arc::default(),
-        config: config.clone(),
-    };
+    let metrics = register(registry, &fleet, &tiers, &speculations)?;
+    let lives: Arc<ArcSwap<Lives>> = Arc::default();
     let embedded = Arc::new(Embedded {
-        models: config.models,
+        models: config.models.clone(),
         binds: config.bind.is_some(),
-        fleet,
+        fleet: Arc::clone(&fleet),
         endpoints: Arc::clone(endpoints),
+        lives: Arc::clone(&lives),
         speculations: Arc::clone(&speculations),
         matching: ArcSwap::from_pointee(Matching::default()),
     });
-    let task: Task = Box::new(move |stop| Box::pin(follower.run(speculations, stop)));
+    let (endpoints, models) = (Arc::clone(endpoints), config.models.clone());
+    let feed = move || Ingest::start(ingest_config, models, tiers, fleet, metrics);
+    let task: Task = Box::new(move |stop| {
+        Box::pin(async move {
+            let ingest = tokio::task::spawn_blocking(feed).await?;
+            let ingest = Arc::new(ingest.context("the embedded index cannot be fed")?);
+            let wake = Arc::default();
+            let follower = Follower { ingest: Arc::clone(&ingest), endpoints, lives, wake, config };
+            let run =
+                async { tokio::try_join!(follower.run(&stop), speculations.run(stop.clone())) };
+            let ended = run.await.map(drop);
+            let stopped = tokio::task::spawn_blocking(move || ingest.stop(DRAIN)).await?;
+            if let Err(error) = stopped {
+                tracing::warn!(%error, "Not all KV events were applied at the end.");
+            }
+            ended
+        })
+    });
     Ok((embedded, task))
+}
+
+/// The metrics of an index. A second one in a process counts where nobody looks, since its series
+/// would be the first one's.
+fn register(
+    registry: &Registry,
+    fleet: &Arc<Fleet>,
+    tiers: &Arc<TierTable>,
+    speculations: &Arc<Speculations>,
+) -> prometheus::Result<IngestMetrics> {
+    let (of_rows, live) = (Arc::clone(fleet), Arc::clone(speculations));
+    let collector = FleetCollector::new(of_rows, Arc::clone(tiers), Some(live))?;
+    match registry.register(Box::new(collector)) {
+        Ok(()) => IngestMetrics::register(registry),
+        Err(prometheus::Error::AlreadyReg) => {
+            tracing::warn!("There are several embedded indexes; metrics show the first one.");
+            IngestMetrics::register(&Registry::new())
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Keeps subscriptions as the endpoints are.
@@ -148,6 +186,7 @@ pub fn start(
 struct Follower {
     ingest: Arc<Ingest>,
     endpoints: Arc<Endpoints>,
+    lives: Arc<ArcSwap<Lives>>,
     wake: Arc<Wake>,
     config: EmbeddedConfig,
 }
@@ -166,77 +205,69 @@ impl EndpointWatcher for Wake {
     }
 }
 
-/// Pods declared, and whose lives they are.
-type Declared = HashMap<String, EndpointId>;
+/// Pods, and the lives of endpoints that they are declared for.
+type Lives = HashMap<String, EndpointId>;
 
 impl Follower {
-    async fn run(
-        self,
-        speculations: Arc<Speculations>,
-        stop: CancellationToken,
-    ) -> anyhow::Result<()> {
+    async fn run(self, stop: &CancellationToken) -> anyhow::Result<()> {
         if self.config.discover_pods {
             self.endpoints.watch(Arc::<Wake>::clone(&self.wake));
         }
-        let (followed, expired) = tokio::join!(self.follow(&stop), speculations.run(stop.clone()));
-        let ingest = self.ingest;
-        let stopped = tokio::task::spawn_blocking(move || ingest.stop(DRAIN)).await?;
-        followed.and(expired).and(stopped)
-    }
-
-    async fn follow(&self, stop: &CancellationToken) -> anyhow::Result<()> {
-        let mut declared = Declared::new();
+        let follower = Arc::new(self);
+        let mut declared = Lives::new();
         loop {
-            self.ingest.check()?;
-            if self.config.discover_pods {
-                let list = self.endpoints.list();
-                let (ingest, config) = (Arc::clone(&self.ingest), self.config.clone());
-                let reconcile = move || reconcile(&ingest, &config, &list, declared);
+            follower.ingest.check()?;
+            if follower.config.discover_pods {
+                let at_work = Arc::clone(&follower);
+                let reconcile = move || at_work.reconcile(declared);
                 declared = tokio::task::spawn_blocking(reconcile).await?;
             }
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
-                () = self.wake.0.notified() => {}
+                () = follower.wake.0.notified() => {}
                 () = tokio::time::sleep(CHECK) => {}
             }
         }
     }
-}
 
-/// Ends the publishers of lives that are over, and declares those of new ones.
-fn reconcile(
-    ingest: &Ingest,
-    config: &EmbeddedConfig,
-    list: &[Arc<Endpoint>],
-    declared: Declared,
-) -> Declared {
-    let wanted: HashMap<&str, &Arc<Endpoint>> =
-        list.iter().map(|endpoint| (endpoint.address(), endpoint)).collect();
-    let mut now = Declared::with_capacity(wanted.len());
-    for (pod, life) in declared {
-        if wanted.get(pod.as_str()).is_some_and(|endpoint| endpoint.id() == life) {
-            now.insert(pod, life);
-        } else {
-            ingest.remove(&pod, None);
+    /// Ends the publishers of lives that are over, and declares those of new ones.
+    fn reconcile(&self, declared: Lives) -> Lives {
+        let list = self.endpoints.list();
+        let wanted: HashMap<&str, &Arc<Endpoint>> =
+            list.iter().map(|endpoint| (endpoint.address(), endpoint)).collect();
+        let mut now = Lives::with_capacity(wanted.len());
+        for (pod, life) in declared {
+            if wanted.get(pod.as_str()).is_some_and(|endpoint| endpoint.id() == life) {
+                now.insert(pod, life);
+            } else {
+                self.ingest.remove(&pod, None);
+            }
         }
+        // Between the end of the old rows and the beginning of the new ones, so that none is ever
+        // another life's.
+        let lives: Lives =
+            wanted.iter().map(|(pod, endpoint)| ((*pod).to_owned(), endpoint.id())).collect();
+        if **self.lives.load() != lives {
+            self.lives.store(Arc::new(lives));
+        }
+        for (pod, endpoint) in wanted {
+            if now.contains_key(pod) {
+                continue;
+            }
+            let name = &endpoint.info().name;
+            let Some(declaration) = declaration(&self.config, endpoint) else {
+                tracing::warn!(endpoint = %name, "There is no port for the events of its rank.");
+                now.insert(pod.to_owned(), endpoint.id());
+                continue;
+            };
+            match self.ingest.add(declaration) {
+                Ok(()) => _ = now.insert(pod.to_owned(), endpoint.id()),
+                Err(error) => tracing::warn!(endpoint = %name, %error, "Not subscribed yet."),
+            }
+        }
+        now
     }
-    for (pod, endpoint) in wanted {
-        if now.contains_key(pod) {
-            continue;
-        }
-        let name = &endpoint.info().name;
-        let Some(declaration) = declaration(config, endpoint) else {
-            tracing::warn!(endpoint = %name, "There is no port for the events of its rank.");
-            now.insert(pod.to_owned(), endpoint.id());
-            continue;
-        };
-        match ingest.add(declaration) {
-            Ok(()) => _ = now.insert(pod.to_owned(), endpoint.id()),
-            Err(error) => tracing::warn!(endpoint = %name, %error, "Not subscribed yet."),
-        }
-    }
-    now
 }
 
 /// The publisher of an endpoint; `None` if its ports would be beyond the last one.
@@ -274,6 +305,7 @@ struct Embedded {
     binds: bool,
     fleet: Arc<Fleet>,
     endpoints: Arc<Endpoints>,
+    lives: Arc<ArcSwap<Lives>>,
     speculations: Arc<Speculations>,
     matching: ArcSwap<Matching>,
 }
@@ -283,13 +315,14 @@ struct Embedded {
 struct Matching {
     table: Arc<Table>,
     list: Arc<Vec<Arc<Endpoint>>>,
+    lives: Arc<Lives>,
     rows: HashMap<EndpointId, Vec<Arc<Row>>>,
     /// Models of rows.
     models: BTreeSet<Arc<str>>,
 }
 
 impl Matching {
-    fn new(table: Arc<Table>, list: Arc<Vec<Arc<Endpoint>>>) -> Self {
+    fn new(table: Arc<Table>, list: Arc<Vec<Arc<Endpoint>>>, lives: Arc<Lives>) -> Self {
         let mut by_name: HashMap<&str, Option<EndpointId>> = HashMap::new();
         let mut claim = |name, id| {
             // What names two endpoints names none.
@@ -310,15 +343,19 @@ impl Matching {
             let ip = by_ip.entry(endpoint.ip().to_string());
             ip.and_modify(|known| *known = None).or_insert(Some(endpoint.id()));
         }
+        let here: HashSet<EndpointId> = list.iter().map(|endpoint| endpoint.id()).collect();
         let mut rows: HashMap<EndpointId, Vec<Arc<Row>>> = HashMap::new();
         let mut models = BTreeSet::new();
         for row in &table.rows {
             let pod = &*row.id.pod;
-            let endpoint = by_address
-                .get(pod)
-                .copied()
-                .or_else(|| by_name.get(pod).copied().flatten())
-                .or_else(|| by_ip.get(pod).copied().flatten());
+            let endpoint = match lives.get(pod) {
+                Some(life) => here.contains(life).then_some(*life),
+                None => by_address
+                    .get(pod)
+                    .copied()
+                    .or_else(|| by_name.get(pod).copied().flatten())
+                    .or_else(|| by_ip.get(pod).copied().flatten()),
+            };
             if let Some(endpoint) = endpoint {
                 rows.entry(endpoint).or_default().push(Arc::clone(row));
             }
@@ -326,7 +363,7 @@ impl Matching {
                 models.insert(Arc::clone(&row.model));
             }
         }
-        Self { table, list, rows, models }
+        Self { table, list, lives, rows, models }
     }
 
     fn rows(&self, endpoint: &Endpoint) -> &[Arc<Row>] {
@@ -338,11 +375,17 @@ impl Embedded {
     /// The matching of this moment.
     fn matching(&self) -> Arc<Matching> {
         let matching = self.matching.load();
+        // Lives before rows: the rows of a life that is over have gone before its successor is
+        // named here.
+        let lives = self.lives.load();
         let (table, list) = (self.fleet.table(), self.endpoints.list());
-        if matching.table.version == table.version && Arc::ptr_eq(&matching.list, &list) {
+        if matching.table.version == table.version
+            && Arc::ptr_eq(&matching.list, &list)
+            && Arc::ptr_eq(&matching.lives, &lives)
+        {
             return Arc::clone(&matching);
         }
-        let matching = Arc::new(Matching::new(table, list));
+        let matching = Arc::new(Matching::new(table, list, Arc::clone(&lives)));
         self.matching.store(Arc::clone(&matching));
         matching
     }
@@ -385,6 +428,60 @@ impl Embedded {
         };
         endpoints.iter().map(best).collect()
     }
+}
+
+impl Embedded {
+    /// What ails the rows of a model.
+    fn about_the_model(
+        &self,
+        matching: &Matching,
+        addressing: &Addressing,
+        found: &mut Vec<String>,
+    ) {
+        let rows = matching.table.rows.iter().filter(|row| row.model == addressing.model);
+        let rows: Vec<_> = rows.map(|row| (row, self.fleet.index().pod_usage(row.slot))).collect();
+        if rows.iter().all(|(_, usage)| usage.hybrid_unsupported) {
+            found.push("the model has attention groups that are not scored".to_owned());
+        }
+        let matched: HashSet<_> = matching.rows.values().flatten().map(|row| row.slot).collect();
+        if !rows.iter().any(|(row, _)| matched.contains(&row.slot)) {
+            found.push(format!(
+                "the pods of the engines' topics are no endpoints': {}",
+                some_of(rows.iter().map(|(row, _)| &*row.id.pod))
+            ));
+        }
+        let (model, lora) = (&addressing.model, &addressing.lora);
+        let adapters = || rows.iter().flat_map(|(_, usage)| &usage.loras).map(|name| &**name);
+        // Of rows that remember no more names, one may have seen it.
+        let unsure = rows.iter().any(|(_, usage)| usage.loras.len() >= PodUsage::MAX_LORAS);
+        if !lora.is_empty() && !unsure && !adapters().any(|name| *name == **lora) {
+            found.push(format!(
+                "{lora:?} is taken for an adapter of {model}, the one model of the engines' events, \
+                 but none has stored blocks under that name (adapters: {}); if it is the model, an \
+                 alias would join the names",
+                some_of(adapters())
+            ));
+        }
+        if rows.iter().any(|(_, usage)| usage.reannounces()) {
+            // Without names: it is said once, whatever pods come and go.
+            found.push(
+                "engines announce blocks again that they hold already, so that one removal does not \
+                 end them and matches are too long; pods of the kv-indexer service can have \
+                 countMode: set"
+                    .to_owned(),
+            );
+        }
+    }
+}
+
+/// The first few of these names, in order.
+fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let names: BTreeSet<&str> = names.collect();
+    if names.is_empty() {
+        return "none".to_owned();
+    }
+    let names: Vec<&str> = names.into_iter().take(NAMED).collect();
+    names.join(", ")
 }
 
 impl PrefixIndex for Embedded {
@@ -433,7 +530,7 @@ impl PrefixIndex for Embedded {
         // A row that went meanwhile may have left its slot to another pod.
         let table = self.fleet.table();
         let is_here =
-            |row: &&Arc<Row>| table.slot(row.slot).is_some_and(|now| now.id.pod == row.id.pod);
+            |row: &&Arc<Row>| table.slot(row.slot).is_some_and(|now| Arc::ptr_eq(now, row));
         if !rows.iter().all(is_here) {
             self.speculations.take_back(entry);
             return None;
@@ -461,12 +558,10 @@ impl PrefixIndex for Embedded {
         }
         let statuses: Vec<_> = rows.iter().map(|row| row.status()).collect();
         if !statuses.iter().any(|status| status.connected) {
-            let places: BTreeSet<&str> = rows.iter().map(|row| &*row.endpoint).collect();
-            let places: Vec<&str> = places.into_iter().take(4).collect();
             return vec![format!(
                 "no engine's event socket can be reached, such as {}: KV events are off, or the port is \
                  another",
-                places.join(", ")
+                some_of(rows.iter().map(|row| &*row.endpoint))
             )];
         }
         if statuses.iter().all(|status| status.messages == 0 && status.last_applied_unix_ns == 0) {
@@ -483,26 +578,12 @@ impl PrefixIndex for Embedded {
                 found.push("the engines' topics name no model, so nothing is indexed".to_owned());
             }
             Some(addressing) if matching.models.contains(&addressing.model) => {
-                let of_model = || rows.iter().filter(|row| row.model == addressing.model);
-                if of_model().all(|row| self.fleet.index().pod_usage(row.slot).hybrid_unsupported) {
-                    found.push("the model has attention groups that are not scored".to_owned());
-                }
-                if of_model()
-                    .all(|row| !matching.rows.values().flatten().any(|it| Arc::ptr_eq(it, row)))
-                {
-                    let names: BTreeSet<&str> = of_model().map(|row| &*row.id.pod).collect();
-                    let names: Vec<&str> = names.into_iter().take(4).collect();
-                    found.push(format!(
-                        "the pods of the engines' topics are no endpoints': {}",
-                        names.join(", ")
-                    ));
-                }
+                self.about_the_model(&matching, &addressing, &mut found);
             }
             _ => {
-                let names: Vec<&str> = matching.models.iter().map(|name| &**name).take(8).collect();
                 found.push(format!(
                     "the engines' events are of {}, and none is {canonical:?}; an alias would join them",
-                    names.join(", ")
+                    some_of(matching.models.iter().map(|name| &**name))
                 ));
             }
         }

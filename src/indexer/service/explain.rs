@@ -247,6 +247,15 @@ impl Case<'_> {
                         name it (replayEndpoint), or losses cannot be repaired";
             findings.push(("no_replay", text.into()));
         }
+        if usage.reannounces() {
+            let held: u64 = usage.blocks_by_tier.iter().sum();
+            findings.push(("reannounce", format!(
+                "{} of {held} blocks were announced again while they were held: the engine looks like \
+                 one that reports every block of a request, and then one removal does not end them \
+                 and the score is too high; declare the pod with countMode: set",
+                usage.repeated
+            )));
+        }
         self.about_names_and_sizes(row, &usage, &mut findings);
         if usage.orphans > 0 || status.orphans > 0 {
             findings.push(("orphans", format!(

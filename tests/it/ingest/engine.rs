@@ -82,6 +82,23 @@ impl Engine {
         }
     }
 
+    /// Waits until nobody subscribes any more.
+    #[track_caller]
+    pub(crate) fn deserted(&self) {
+        let deadline = Instant::now() + patience();
+        let mut last = None;
+        loop {
+            match self.socket.recv_bytes(0) {
+                Ok(message) => last = message.first().copied(),
+                // Nothing came for a while, and the last word was that the last one has gone.
+                Err(zmq::Error::EAGAIN) if last == Some(0) => return,
+                Err(zmq::Error::EAGAIN | zmq::Error::EINTR) => {}
+                Err(error) => panic!("{error}"),
+            }
+            assert!(Instant::now() < deadline, "somebody subscribes to {}", self.endpoint);
+        }
+    }
+
     /// Publishes a batch in the notation of [`script`]; returns its sequence.
     pub(crate) fn send(&mut self, text: &str) -> u64 {
         let (sequence, payload) = self.keep(text);

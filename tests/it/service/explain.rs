@@ -169,6 +169,24 @@ async fn causes_name_the_engine_settings_that_break_routing() {
     row.update(|status| (status.state, status.replays) = (PodState::Partial, 0));
     assert_eq!(causes(&world, "a").await, ["partial", "no_replay", "held"]);
 
+    // Half of them and not few.
+    let repeats = |repeated, held| {
+        world.index.usage_of(row.slot, |usage| {
+            (usage.repeated, usage.blocks_by_tier) = (repeated, vec![held, 0]);
+        });
+    };
+    row.update(|status| (status.state, status.gaps) = (PodState::Live, 0));
+    for (repeated, held) in [(63, 64), (64, 128)] {
+        repeats(repeated, held);
+        assert_eq!(causes(&world, "a").await, ["held"], "{repeated} of {held}");
+    }
+    repeats(64, 127);
+    assert_eq!(causes(&world, "a").await, ["reannounce", "held"]);
+    finds(
+        &explain(&world, "a", request(vec![prompt(&tokens(2))])).await,
+        "64 of 127 blocks were announced again",
+    );
+
     // The model is in use elsewhere, and this pod is connected and says nothing.
     let id = kv_indexer::model::RowId { pod: "mute".into(), rank: None };
     let scheme = super::fake::scheme();
