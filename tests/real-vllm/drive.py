@@ -93,8 +93,9 @@ class Vllm:
             "--dtype", "bfloat16", "--max-model-len", "8192", "--max-num-seqs", "8", "--block-size", str(BLOCK),
             "--num-gpu-blocks-override", str(o.blocks), "--enable-prefix-caching", "--enable-prompt-tokens-details",
             "--enable-scale-out", "--kv-events-config", json.dumps({
-                "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{self.events}",
-                "replay_endpoint": f"tcp://127.0.0.1:{self.replay}", "topic": f"kv@{self.name}@{MODEL}",
+                "enable_kv_cache_events": True, "publisher": "zmq",
+                # vLLM binds what has a star in it, and connects to anything else.
+                "endpoint": f"tcp://*:{self.events}", "replay_endpoint": f"tcp://*:{self.replay}", "topic": f"kv@{self.name}@{MODEL}",
                 "buffer_steps": 10000,
             }), "--host", "127.0.0.1", "--port", str(self.port), "--seed", "0", "--enable-lora", "--max-lora-rank", "8",
             "--max-loras", "2", "--lora-modules", *[f"{name}={o.model_dir}/{name}" for name in ADAPTERS],
