@@ -105,7 +105,7 @@ pub struct Args {
     /// Port of /metrics; 0 takes a free one.
     #[arg(long, value_name = "PORT", default_value_t = 9090)]
     pub metrics_port: u16,
-    /// Loopback address of debug routes, such as 127.0.0.1:9091. Default: none.
+    /// Loopback address of debug routes, such as 127.0.0.1:9092. Default: none.
     #[arg(long, value_name = "ADDRESS")]
     pub debug_listen: Option<SocketAddr>,
     /// Largest gRPC message taken, such as 100Mi.

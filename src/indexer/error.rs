@@ -40,7 +40,7 @@ pub enum ScoreError {
     },
     /// Text was sent, and the model has no tokenizer here.
     #[error(
-        "{field}: no tokenizer is configured for model {model}: send token_ids_le or block_keys"
+        "{field}: no tokenizer is configured for model {model}: see `tokenizers`, or send token_ids_le or block_keys"
     )]
     NoTokenizer {
         /// Path of the text.

@@ -31,7 +31,7 @@ const FOR_EVER: [(&str, &str); 4] = [
         "its tokens are estimates, which match nothing that an engine announces: configure a \
          tokenizer in token-producer",
     ),
-    (NO_TOKENS, "nobody makes token ids: configure a token-producer"),
+    (NO_TOKENS, "nobody makes token ids: give token-producer `local` or `vllm`"),
     ("no_tokenizer", "no tokenizer is configured for it"),
     ("no_chat_template", "it has no chat template, and chats cannot be tokenized without"),
 ];
