@@ -131,7 +131,7 @@ pub struct TierInputs {
 
 impl Default for TierInputs {
     fn default() -> Self {
-        Self { weights: Vec::new(), unlisted: 0.5, speculative: 1.0 }
+        Self { weights: Vec::new(), unlisted: 0.5, speculative: 0.5 }
     }
 }
 

@@ -167,7 +167,14 @@ impl Explain {
     async fn connect(&self, timeout: Duration) -> anyhow::Result<Channel> {
         let (scheme, address) = self.server.split_once("://").unwrap_or(("", &self.server));
         let tls = match scheme {
-            "" | "http" => self.tls,
+            // Who says how to trust the server means TLS.
+            "" | "http" => {
+                self.tls
+                    || self.tls_insecure_skip_verify
+                    || self.tls_ca.is_some()
+                    || self.tls_server_name.is_some()
+                    || self.tls_cert.is_some()
+            }
             "https" => true,
             other => anyhow::bail!("{other}:// is not spoken; give host:port, http:// or https://"),
         };

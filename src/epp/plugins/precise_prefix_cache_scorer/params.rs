@@ -137,6 +137,7 @@ pub(super) fn read(params: &Fields<'_>) -> Option<Params> {
     }
     let tiers = read_tiers(&indexer);
     indexer.finish();
+    let hot = HotPrefix::read(params);
     let scheme = Scheme::new(
         expected.algorithm.unwrap_or_default(),
         expected.seed.as_deref().unwrap_or_default(),
@@ -168,7 +169,7 @@ pub(super) fn read(params: &Fields<'_>) -> Option<Params> {
         index,
         scoring,
         speculation: speculative.then(|| ttl.unwrap_or(DEFAULT_TTL)),
-        hot: HotPrefix::read(params),
+        hot,
         metadata,
         include_usage,
     })
