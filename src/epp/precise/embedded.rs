@@ -423,7 +423,9 @@ impl Embedded {
             let rows = matching.rows(endpoint).iter();
             // A row without a model holds nothing, of this model or another.
             let rows = rows.filter(|row| row.model == *model || row.model.is_empty());
-            let best = rows.map(of_row).max_by(|a, b| a.score.total_cmp(&b.score));
+            let best = rows
+                .map(of_row)
+                .max_by(|a, b| a.score.total_cmp(&b.score).then(a.depth.cmp(&b.depth)));
             best.unwrap_or_default()
         };
         endpoints.iter().map(best).collect()

@@ -1,4 +1,5 @@
-//! Why requests are scored by approximate matches: counted, and said once per cause and model.
+//! Why requests are scored by approximate matches, and why precise scores cannot be right: counted, and
+//! said once per cause and model.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -67,7 +68,7 @@ impl Fallbacks {
         }
     }
 
-    /// Looks for reasons why models that were asked for can never match.
+    /// Looks for reasons why scores of models that were asked for cannot be right.
     pub(super) fn look(&self, index: &dyn PrefixIndex, expected: &Expected) {
         let models: Vec<_> = lock(&self.models).keys().cloned().collect();
         for model in models {
@@ -91,7 +92,7 @@ impl Fallbacks {
         let Some(said) = models.get_mut(model) else { return };
         if said.len() < MAX_CAUSES && !said.contains(cause) {
             said.insert(cause.to_owned());
-            tracing::warn!(plugin = %self.plugin, model, "Precise prefix scores cannot match: {cause}");
+            tracing::warn!(plugin = %self.plugin, model, "Precise prefix scores cannot be right: {cause}.");
         }
     }
 

@@ -1,7 +1,7 @@
 use std::{
     cell::RefCell,
     collections::{HashMap, HashSet},
-    sync::atomic::AtomicU64,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 use super::*;
@@ -296,6 +296,7 @@ fn without_tokens_or_answer_matches_are_approximate() {
     // A precise one keeps the approximate matches warm.
     let precise = run(Some(&tokens(64)), true);
     assert_eq!(precise.score(&*rig.plugin), [0.0, 0.0]);
+    assert!(precise.produced.prefix("precise-fallback/approximate").is_none(), "not looked up");
     precise.route(&*rig.plugin, &[("default", 1)]);
     #[track_caller]
     fn falls_back(rig: &Rig, run: &Run, reason: &str) {
@@ -517,6 +518,40 @@ fn in_flight_tokens_are_freed() {
     assert_eq!(passing(), [0, 1]);
     drop(split);
     assert!(rig.plugin.filter().unwrap().last());
+}
+
+#[test]
+fn whom_a_filter_leaves_out_counts_for_its_profile_alone() {
+    let rig = Rig::new("precise-left-out", 4, "{hotPrefix: true}");
+    rig.store(0, &tokens(96));
+    let busy = rig.run(&[9; 500]).route(&*rig.plugin, &[("default", 0)]);
+    let run = rig.run(&tokens(112));
+    let filter = |keep: &[usize]| {
+        let mut keep = keep.to_vec();
+        run.with(|cycle| rig.plugin.filter().unwrap().filter(cycle, &mut keep));
+        keep
+    };
+    assert_eq!(filter(&[0, 1]), [1]);
+    assert_eq!(filter(&[2, 3]), [2, 3]);
+    let answer = run.produced.kept::<Answer>("precise-left-out").unwrap();
+    assert_eq!([0, 1, 2, 3].map(|at| answer.left_out_for(at)), [0, 6, 0, 0]);
+    drop(busy);
+}
+
+#[test]
+fn what_is_kept_of_an_endpoint_goes_with_it() {
+    let rig = Rig::new("precise-removed", 1, "{hotPrefix: true}");
+    let endpoint = Arc::clone(&rig.bench.endpoints.list()[0]);
+    let mut flight = rig.run(&tokens(64)).route(&*rig.plugin, &[("default", 0)]).unwrap();
+    let usage = crate::epp::ext_proc::Usage { prompt: 64, cached: Some(0), ..Default::default() };
+    let ending =
+        Ending { completed: true, status: Some(200), usage: Some(usage), served: None };
+    flight.ended(&ending, &mut Report::default());
+    let series =
+        format!("epp_prefix_prompt_tokens_total{{endpoint=\"{}\"}}", endpoint.info().name);
+    assert!(rig.counted(&series) > 0);
+    rig.plugin.endpoint_removed(&endpoint);
+    assert_eq!(rig.counted(&series), 0);
 }
 
 #[test]
