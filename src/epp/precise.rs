@@ -15,8 +15,8 @@
 //! highest score counts, since the engine decides which rank serves.
 //!
 //! A row of the embedded index that was declared for an endpoint belongs to that life of it alone: an
-//! endpoint that comes back at the same address begins with nothing. The service's rows begin anew
-//! when the service itself sees that the engine is another one.
+//! endpoint that comes back at the same address begins with nothing. The service sees its pods itself,
+//! and says itself what their rows are worth.
 
 use std::{fmt, sync::Arc, time::Duration};
 

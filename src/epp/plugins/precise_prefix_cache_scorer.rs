@@ -193,6 +193,13 @@ fn build_on(
     building: &dyn Building,
 ) -> Option<Arc<dyn Plugin>> {
     let read = params::read(params)?;
+    if kind != TYPE {
+        for name in ["scoreNormalization", "matchLengthWeight", "matchLengthScaleTokens"] {
+            if params.has(name) {
+                params.warn(name, "has no effect: this type ranks nobody");
+            }
+        }
+    }
     let at = match &read.index {
         Index::Service(..) => "indexerService",
         Index::Embedded(_) => "",

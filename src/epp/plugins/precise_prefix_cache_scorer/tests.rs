@@ -544,11 +544,9 @@ fn what_is_kept_of_an_endpoint_goes_with_it() {
     let endpoint = Arc::clone(&rig.bench.endpoints.list()[0]);
     let mut flight = rig.run(&tokens(64)).route(&*rig.plugin, &[("default", 0)]).unwrap();
     let usage = crate::epp::ext_proc::Usage { prompt: 64, cached: Some(0), ..Default::default() };
-    let ending =
-        Ending { completed: true, status: Some(200), usage: Some(usage), served: None };
+    let ending = Ending { completed: true, status: Some(200), usage: Some(usage), served: None };
     flight.ended(&ending, &mut Report::default());
-    let series =
-        format!("epp_prefix_prompt_tokens_total{{endpoint=\"{}\"}}", endpoint.info().name);
+    let series = format!("epp_prefix_prompt_tokens_total{{endpoint=\"{}\"}}", endpoint.info().name);
     assert!(rig.counted(&series) > 0);
     rig.plugin.endpoint_removed(&endpoint);
     assert_eq!(rig.counted(&series), 0);
@@ -613,7 +611,7 @@ fn llmds_parameters_load() {
     assert_eq!((config.unlisted_weight, config.speculative_weight), (1.0, 0.5));
     let config = check(
         "{tokenProcessorConfig: {blockSizeTokens: 64, hashSeed: '42', hashAlgorithm: xxh64}, \
-         speculativeWeight: 0.25}",
+         speculativeIndexing: true, speculativeWeight: 0.25}",
     );
     assert_eq!(*config.models.default, Scheme::new(Algorithm::Xxh64, "42", 64));
     assert_eq!(config.speculative_weight, 0.25);
@@ -628,15 +626,16 @@ fn llmds_parameters_load() {
     let config = check("{indexerConfig: {kvBlockIndexConfig: {costAwareMemoryConfig: {}}}}");
     assert_eq!(config.cap_bytes, 2 << 30);
     let config = check(
-        "{kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', topicFilter: 'kv', concurrency: 3, \
-         engineType: sglang, podDiscoveryConfig: {socketPort: 5556, replaySocketPort: 5558}}}",
+        "{kvEventsConfig: {topicFilter: 'kv', concurrency: 3, engineType: sglang, \
+         podDiscoveryConfig: {socketPort: 5556, replaySocketPort: 5558}}}",
     );
-    assert_eq!(config.bind.as_deref(), Some("tcp://*:5557"));
     assert_eq!(
         (config.socket_port, config.replay_port, config.discover_pods),
-        (5556, Some(5558), false)
+        (5556, Some(5558), true)
     );
     assert_eq!((&*config.topic_filter, &*config.engine, config.lanes), ("kv", "sglang", 3));
+    let config = check("{kvEventsConfig: {zmqEndpoint: 'tcp://*:5557'}}");
+    assert_eq!((config.bind.as_deref(), config.discover_pods), (Some("tcp://*:5557"), false));
 }
 
 #[test]
@@ -664,7 +663,7 @@ fn a_service_has_its_own_settings() {
 }
 
 #[test]
-fn old_parameters_are_warned_about() {
+fn parameters_without_effect_are_warned_about() {
     #[track_caller]
     fn check(parameters: &str, want: &[&str]) {
         let (_, warnings) = loads(parameters);
@@ -690,6 +689,19 @@ fn old_parameters_are_warned_about() {
         &["indexerConfig.kvBlockIndexConfig.valkeyConfig: has no effect: the index is in memory"],
     );
     check("{kvEventsConfig: {discoverPods: false}}", &["kvEventsConfig.discoverPods: is off"]);
+    check(
+        "{kvEventsConfig: {zmqEndpoint: 'tcp://*:1', podDiscoveryConfig: {socketPort: 2}}}",
+        &["kvEventsConfig.podDiscoveryConfig: has no effect on engines that connect"],
+    );
+    check(
+        "{speculativeTTL: 3s, speculativeWeight: 0.7}",
+        &["speculativeTTL: has no effect while", "speculativeWeight: has no effect while"],
+    );
+    check("{speculativeTTL: 2s, speculativeWeight: 0.5}", &[]);
+    let bench = Bench::new("precise-producer", 0);
+    let built = bench.try_build(PRODUCER, "{scoreNormalization: minmax, minMatchTokens: 16}");
+    let (_, warnings) = built.unwrap();
+    assert_eq!(warnings, ["scoreNormalization: has no effect: this type ranks nobody"]);
 }
 
 #[test]
@@ -710,6 +722,10 @@ fn wrong_parameters_are_named() {
     check("{indexerService: {deadline: 5ms}}", "indexerService.address: missing");
     check("{indexerService: {address: a, deadline: 5s}}", "indexerService.deadline: 5s is out of");
     check("{indexerService: {address: a, tls: 1}}", "indexerService.tls: expected true, false");
+    check(
+        "{indexerService: {address: 'https://a:1', tls: false}}",
+        "indexerService.tls: is off, but",
+    );
     check("{hotPrefix: {margin: 1}}", "hotPrefix.margin: unknown field");
     check("{stateWeights: {live: 2}}", "stateWeights.live: must be a number between 0 and 1");
     check("{accuracy: {usage: true}}", "accuracy.usage: unknown field");
