@@ -144,7 +144,8 @@ pub trait PrefixIndex: fmt::Debug + Send + Sync {
     fn take_back(&self, entry: SpeculationId);
 
     /// Why scores for this model cannot be right (nothing can match, or too much does), in plain words,
-    /// one finding each; empty while all is well.
+    /// one finding each; empty while all is well. What may change while the cause stays, such as names of
+    /// endpoints, comes behind the first `: ` of a finding.
     /// Looked at from time to time, not per request.
     fn impediments(&self, served: &str) -> Vec<String>;
 }

@@ -561,8 +561,8 @@ impl PrefixIndex for Embedded {
         let statuses: Vec<_> = rows.iter().map(|row| row.status()).collect();
         if !statuses.iter().any(|status| status.connected) {
             return vec![format!(
-                "no engine's event socket can be reached, such as {}: KV events are off, or the port is \
-                 another",
+                "no engine's event socket can be reached: KV events are off, or the port is another \
+                 (tried: {})",
                 some_of(rows.iter().map(|row| &*row.endpoint))
             )];
         }

@@ -43,7 +43,7 @@ pub(super) struct Fallbacks {
     plugin: Arc<str>,
     /// By reason.
     counter: IntCounterVec,
-    /// By served name: what was said.
+    /// By served name: causes that were said.
     models: Mutex<HashMap<Arc<str>, HashSet<String>>>,
 }
 
@@ -86,12 +86,14 @@ impl Fallbacks {
         }
     }
 
-    /// Warns unless it was said already.
+    /// Warns unless the cause, which is the text up to `: `, was said already: what follows changes as
+    /// endpoints come and go.
     fn say(&self, model: &str, cause: &str) {
         let mut models = lock(&self.models);
         let Some(said) = models.get_mut(model) else { return };
-        if said.len() < MAX_CAUSES && !said.contains(cause) {
-            said.insert(cause.to_owned());
+        let (head, _) = cause.split_once(": ").unwrap_or((cause, ""));
+        if said.len() < MAX_CAUSES && !said.contains(head) {
+            said.insert(head.to_owned());
             tracing::warn!(plugin = %self.plugin, model, "Precise prefix scores cannot be right: {cause}.");
         }
     }

@@ -335,6 +335,11 @@ fn what_can_never_match_is_said_once() {
     fake.world().unknown = true;
     fallbacks.look(&fake, &Expected::default());
     assert_eq!(fallbacks.said("m").len(), 4);
+    for names in ["a, b", "b, c"] {
+        fake.world().impediments = vec![format!("some have no pod: {names}")];
+        fallbacks.look(&fake, &Expected::default());
+        assert_eq!(fallbacks.said("m").len(), 5);
+    }
     // No more than so many, whatever the index says.
     fake.world().impediments = (0..99).map(|number| number.to_string()).collect();
     fallbacks.look(&fake, &Expected::default());
