@@ -399,7 +399,8 @@ impl PrecisePrefixCache {
         let depth = |at: usize| answer.rows.get(at).map_or_else(|| counted(at), |row| row.depth);
         let left_out = answer.left_out_for(target);
         let row = answer.rows.get(target);
-        let all = scored.iter().map(|scored| depth(scored.endpoint));
+        // As they were scored: what a row claims that nobody trusts is no loss.
+        let all = scored.iter().map(|scored| counted(scored.endpoint));
         let prefilled = result.results.get(PREFILL).and_then(|run| run.picked.first());
         Some(Prediction {
             endpoint: Arc::clone(cycle.endpoints.get(target)?),

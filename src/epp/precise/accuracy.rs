@@ -152,7 +152,7 @@ pub struct Prediction {
     pub depth: u32,
     /// The same by events alone.
     pub confirmed: u32,
-    /// The largest `depth` among the candidates.
+    /// The most that a candidate holds, of what counts in scores; at least `depth`.
     pub best: u32,
     /// Trust in its row.
     pub state: Option<RowState>,

@@ -544,6 +544,30 @@ fn whom_a_filter_leaves_out_counts_for_its_profile_alone() {
 }
 
 #[test]
+fn a_row_that_nobody_trusts_is_no_loss() {
+    #[track_caller]
+    fn check(stale: bool, best: u32) {
+        let rig = Rig::new("precise-best", 2, "{}");
+        rig.store(0, &tokens(160));
+        rig.state(0, PodState::Live, stale);
+        let run = rig.run(&tokens(160));
+        let scored = [0, 1].map(|endpoint| Scored { endpoint, score: 0.0 });
+        let picked = crate::epp::scheduling::ProfileRun { picked: vec![1], scored: scored.into() };
+        let results = vec![(Arc::from("default"), Some(picked))];
+        let results = crate::epp::scheduling::ProfileResults(results);
+        let result = SchedulingResult { primary: Arc::from("default"), results };
+        let plugin: &dyn std::any::Any = &*rig.plugin;
+        let plugin = plugin.downcast_ref::<PrecisePrefixCache>().unwrap();
+        let answer = run.produced.kept::<Answer>("precise-best").unwrap();
+        let matches = run.produced.prefix("precise-best").unwrap();
+        let made = run.with(|cycle| plugin.prediction(cycle, &result, 1, answer, matches)).unwrap();
+        assert_eq!((made.best, made.depth, made.disaggregated), (best, 0, false));
+    }
+    check(false, 10);
+    check(true, 0);
+}
+
+#[test]
 fn what_is_kept_of_an_endpoint_goes_with_it() {
     let rig = Rig::new("precise-removed", 1, "{hotPrefix: true}");
     let endpoint = Arc::clone(&rig.bench.endpoints.list()[0]);
