@@ -70,7 +70,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    fallback::{ESTIMATED, Fallbacks, NO_TOKENS, NOT_INDEXED, UNKNOWN_MODEL},
+    fallback::{Fallbacks, NO_TOKENS, NOT_INDEXED, UNKNOWN_MODEL},
     hot::{Held, Hot},
     params::{Expected, Index, Params},
     score::Scoring,
@@ -87,7 +87,7 @@ use crate::{
         },
         precise::{
             EndpointMatch, IndexError, PrefixIndex, Query,
-            accuracy::{Accuracy, Observation, Prediction, Source},
+            accuracy::{Accuracy, ESTIMATED, Observation, Prediction, Source},
             embedded, remote,
         },
         request::InferenceRequest,

@@ -124,14 +124,17 @@ impl DecidedBy {
     }
 }
 
+/// Why there are no tokens that count: those that there are were estimated.
+pub const ESTIMATED: &str = "estimated";
+
 /// Where the scores of a request came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The index.
     Precise,
     /// The approximate matches, since there were no tokens; the reason is
-    /// [`TokenizeError::reason`](crate::tokenize::TokenizeError::reason) or `no_tokens`; `estimated` if
-    /// the tokens were not the engine's own.
+    /// [`TokenizeError::reason`](crate::tokenize::TokenizeError::reason) or `no_tokens`, or
+    /// [`ESTIMATED`].
     NoTokens(&'static str),
     /// The approximate matches, since the index gave no answer.
     NoAnswer(IndexError),
@@ -566,7 +569,7 @@ impl Observation {
     pub fn ended(self, ending: &Ending<'_>, metadata: bool, report: &mut Report) {
         let Self { inner, pod, prediction } = &self;
         let comparable = match &prediction.source {
-            Source::NoTokens("estimated") => Err(Unobserved::Estimated),
+            Source::NoTokens(ESTIMATED) => Err(Unobserved::Estimated),
             Source::NoTokens(_) | Source::NoAnswer(_) => Err(Unobserved::Fallback),
             Source::Precise if prediction.prompts != 1 => Err(Unobserved::SeveralPrompts),
             Source::Precise => Ok(prediction.unit()),

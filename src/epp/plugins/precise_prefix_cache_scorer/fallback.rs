@@ -9,15 +9,16 @@ use std::{
 use prometheus::IntCounterVec;
 
 use super::params::Expected;
-use crate::{epp::precise::PrefixIndex, support::sync::lock};
+use crate::{
+    epp::precise::{PrefixIndex, accuracy::ESTIMATED},
+    support::sync::lock,
+};
 
 /// Models that are watched.
 const MAX_MODELS: usize = 256;
 /// Different warnings about a model.
 const MAX_CAUSES: usize = 16;
 
-/// Tokens are there, but estimated.
-pub(super) const ESTIMATED: &str = "estimated";
 /// No producer of tokens ran or said why.
 pub(super) const NO_TOKENS: &str = "no_tokens";
 /// The index knows no hash settings for the model.

@@ -181,7 +181,7 @@ fn what_cannot_be_observed_is_counted() {
     unobserved(held(10), &usage(None), "no_details");
     unobserved(Prediction { prompts: 2, ..held(10) }, &good, "several_prompts");
     let from = |source| Prediction { source, ..held(10) };
-    unobserved(from(Source::NoTokens("estimated")), &good, "estimated");
+    unobserved(from(Source::NoTokens(ESTIMATED)), &good, "estimated");
     unobserved(from(Source::NoTokens("late")), &good, "fallback");
     unobserved(from(Source::NoAnswer(IndexError::Open)), &good, "fallback");
     unobserved(held(10), &Ending { served: Some("10.0.0.2"), ..good }, "other_endpoint");
