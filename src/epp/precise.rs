@@ -13,6 +13,10 @@
 //! A row belongs to the endpoint whose `ip:port` is the row's pod; else to the one whose pod name it
 //! is; else to the one with that bare IP, if there is only one. Of an endpoint's ranks the one with the
 //! highest score counts, since the engine decides which rank serves.
+//!
+//! A row of the embedded index that was declared for an endpoint belongs to that life of it alone: an
+//! endpoint that comes back at the same address begins with nothing. The service sees its pods itself,
+//! and says itself what their rows are worth.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -139,7 +143,9 @@ pub trait PrefixIndex: fmt::Debug + Send + Sync {
     /// An entry ends now: the engine will not store these blocks. Does not wait.
     fn take_back(&self, entry: SpeculationId);
 
-    /// Why requests for this model can never match, in plain words, one finding each; empty while all is well.
+    /// Why scores for this model cannot be right (nothing can match, or too much does), in plain words,
+    /// one finding each; empty while all is well. What may change while the cause stays, such as names of
+    /// endpoints, comes behind the first `: ` of a finding.
     /// Looked at from time to time, not per request.
     fn impediments(&self, served: &str) -> Vec<String>;
 }

@@ -34,9 +34,15 @@
 //! # Failure
 //!
 //! A request without exact tokens, or without an answer in time, is scored by approximate matches:
-//! where prompts were sent, by the bytes of their text, as `prefix-cache-scorer` does by itself. They are
-//! kept up with every request, and do not depend on tokens, so that they are of use at once. Counted
-//! by reason in `epp_precise_fallback_total`; reasons that will not go away are said once per model.
+//! where prompts were sent, by the bytes of their text, as `prefix-cache-scorer` does by itself. Every
+//! routed request is remembered, whatever scored it, and tokens are not needed for it, so that they
+//! are of use at once. Counted by reason in `epp_precise_fallback_total`; what keeps scores from being
+//! right and will not go away by itself is said once per model.
+//!
+//! # Cost
+//!
+//! A prompt is hashed once into block keys before the pick, and once by its bytes after it, for the
+//! endpoints that get it. Candidates are looked up by bytes only where a request falls back.
 //!
 //! # Hot prefixes, speculation
 //!
@@ -54,10 +60,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU32, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -67,7 +70,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    fallback::{ESTIMATED, Fallbacks, NO_TOKENS, NOT_INDEXED, UNKNOWN_MODEL},
+    fallback::{Fallbacks, NO_TOKENS, NOT_INDEXED, UNKNOWN_MODEL},
     hot::{Held, Hot},
     params::{Expected, Index, Params},
     score::Scoring,
@@ -84,7 +87,7 @@ use crate::{
         },
         precise::{
             EndpointMatch, IndexError, PrefixIndex, Query,
-            accuracy::{Accuracy, Observation, Prediction, Source},
+            accuracy::{Accuracy, ESTIMATED, Observation, Prediction, Source},
             embedded, remote,
         },
         request::InferenceRequest,
@@ -117,6 +120,8 @@ const TYPE: &str = "precise-prefix-cache-scorer";
 const PREFILL: &str = "prefill";
 /// How often the index is asked why nothing can match.
 const LOOK: Duration = Duration::from_secs(10);
+/// Longer than any index keeps a question, so that a request always hears why there is no answer.
+const DEADLINE: Duration = Duration::from_millis(500);
 /// Approximate matches: blocks of so many tokens, of prompts up to so many.
 const APPROXIMATE_BLOCK: usize = 64;
 const APPROXIMATE_TOKENS: usize = 131_072;
@@ -188,6 +193,13 @@ fn build_on(
     building: &dyn Building,
 ) -> Option<Arc<dyn Plugin>> {
     let read = params::read(params)?;
+    if kind != TYPE {
+        for name in ["scoreNormalization", "matchLengthWeight", "matchLengthScaleTokens"] {
+            if params.has(name) {
+                params.warn(name, "has no effect: this type ranks nobody");
+            }
+        }
+    }
     let at = match &read.index {
         Index::Service(..) => "indexerService",
         Index::Embedded(_) => "",
@@ -210,13 +222,21 @@ struct Answer {
     source: Source,
     /// By endpoint; empty where matches are approximate.
     rows: Vec<EndpointMatch>,
-    /// Blocks of the best holder if the last filter left it out because it is busy, else 0.
-    left_out: AtomicU32,
+    /// Candidates that the filter kept in place of a busy holder, and the blocks of that holder. Each
+    /// profile has candidates of its own.
+    left_out: Mutex<SmallVec<[(usize, u32); 4]>>,
 }
 
 impl Answer {
     fn approximate(query: Option<Query>, source: Source) -> Self {
-        Self { query, source, rows: Vec::new(), left_out: AtomicU32::new(0) }
+        Self { query, source, rows: Vec::new(), left_out: Mutex::default() }
+    }
+
+    /// Blocks of the holder in whose place this candidate was kept, else 0.
+    fn left_out_for(&self, candidate: usize) -> u32 {
+        let left_out = lock(&self.left_out);
+        let mut latest = left_out.iter().rev();
+        latest.find(|(kept, _)| *kept == candidate).map_or(0, |&(_, blocks)| blocks)
     }
 }
 
@@ -343,15 +363,24 @@ impl PrecisePrefixCache {
 
     fn fall_back(
         &self,
-        model: &str,
-        query: Option<Query>,
-        source: Source,
+        request: &InferenceRequest,
+        endpoints: &[Arc<Endpoint>],
+        (query, source): (Option<Query>, Source),
         produced: &mut Produced,
     ) {
         match &source {
             Source::Precise => {}
-            Source::NoTokens(reason) => self.fallbacks.count(model, reason),
-            Source::NoAnswer(error) => self.fallbacks.count(model, error.reason()),
+            Source::NoTokens(reason) => self.fallbacks.count(&request.target_model, reason),
+            Source::NoAnswer(error) => {
+                self.fallbacks.count(&request.target_model, error.reason());
+            }
+        }
+        self.approximate.produce(request, endpoints, produced);
+        if let Some(mut matches) = produced.prefix(self.approximate.name()).cloned() {
+            for matched in &mut matches.matched {
+                *matched = self.scoring.long_enough(*matched, matches.block);
+            }
+            produced.set_prefix(&self.name, matches);
         }
         produced.keep(&self.name, Answer::approximate(query, source));
     }
@@ -368,11 +397,12 @@ impl PrecisePrefixCache {
         let scored = result.results.get(&result.primary).map_or(&[][..], |run| &run.scored);
         let counted = |at: usize| matches.matched.get(at).copied().unwrap_or(0);
         let depth = |at: usize| answer.rows.get(at).map_or_else(|| counted(at), |row| row.depth);
-        let left_out = answer.left_out.load(Relaxed);
+        let left_out = answer.left_out_for(target);
         let row = answer.rows.get(target);
-        let all = scored.iter().map(|scored| depth(scored.endpoint));
+        // As they were scored: what a row claims that nobody trusts is no loss.
+        let all = scored.iter().map(|scored| counted(scored.endpoint));
+        let prefilled = result.results.get(PREFILL).and_then(|run| run.picked.first());
         Some(Prediction {
-            model: Arc::from(&*cycle.request.parsed.model),
             endpoint: Arc::clone(cycle.endpoints.get(target)?),
             prompt_tokens: input_tokens(cycle.request, cycle.produced),
             prompts: cycle.produced.tokens.as_ref().map_or(1, |tokens| tokens.prompts.len()),
@@ -382,6 +412,7 @@ impl PrecisePrefixCache {
             best: all.chain([depth(target), left_out]).max().unwrap_or(0),
             state: row.and_then(|row| row.state),
             decided: score::decided(scored, target, counted, left_out),
+            disaggregated: prefilled.is_some_and(|&prefill| prefill != target),
             source: answer.source.clone(),
         })
     }
@@ -442,6 +473,7 @@ impl Plugin for PrecisePrefixCache {
 
     fn endpoint_removed(&self, endpoint: &Endpoint) {
         self.approximate.remove(endpoint);
+        self.accuracy.endpoint_removed(endpoint);
         if let Some(hot) = &self.hot {
             hot.remove(endpoint);
         }
@@ -491,8 +523,10 @@ impl Filter for PrecisePrefixCache {
         let Some(matches) = cycle.produced.prefix(&self.name) else { return };
         let tokens = input_tokens(cycle.request, cycle.produced);
         let left_out = hot.narrow(matches, tokens, cycle.endpoints, keep);
-        if let Some(answer) = cycle.produced.kept::<Answer>(&self.name) {
-            answer.left_out.store(left_out, Relaxed);
+        if left_out > 0
+            && let Some(answer) = cycle.produced.kept::<Answer>(&self.name)
+        {
+            lock(&answer.left_out).extend(keep.iter().map(|&kept| (kept, left_out)));
         }
     }
 
@@ -512,20 +546,12 @@ impl DataProducer for PrecisePrefixCache {
         endpoints: &'a [Arc<Endpoint>],
         produced: &'a mut Produced,
     ) -> Option<BoxFuture<'a, ()>> {
-        let model = &request.target_model;
-        self.fallbacks.seen(model);
-        self.approximate.produce(request, endpoints, produced);
-        // They hold until there is an answer.
-        if let Some(mut matches) = produced.prefix(self.approximate.name()).cloned() {
-            for matched in &mut matches.matched {
-                *matched = self.scoring.long_enough(*matched, matches.block);
-            }
-            produced.set_prefix(&self.name, matches);
-        }
+        self.fallbacks.seen(&request.target_model);
         let query = match self.query(request, produced) {
             Ok(query) => query,
             Err(reason) => {
-                self.fall_back(model, None, Source::NoTokens(reason), produced);
+                let why = (None, Source::NoTokens(reason));
+                self.fall_back(request, endpoints, why, produced);
                 return None;
             }
         };
@@ -540,9 +566,13 @@ impl DataProducer for PrecisePrefixCache {
         Some(Box::pin(async move {
             let rows = self.index.score(&query, endpoints).await;
             if let Err((query, source)) = self.answer(query, rows, endpoints.len(), produced) {
-                self.fall_back(model, Some(query), source, produced);
+                self.fall_back(request, endpoints, (Some(query), source), produced);
             }
         }))
+    }
+
+    fn deadline(&self) -> Duration {
+        DEADLINE
     }
 }
 
@@ -571,7 +601,7 @@ impl PreRequest for PrecisePrefixCache {
             // What is only expected is still to be computed, and whoever shares it waits for it.
             let confirmed = answer.rows.get(computes).map_or(has, |row| row.confirmed.min(has));
             held = hot.hold(endpoint, hot::uncached(tokens, confirmed, matches.block));
-            if answer.left_out.load(Relaxed) > has {
+            if answer.left_out_for(computes) > has {
                 self.replications.inc();
             }
         }

@@ -8,6 +8,7 @@
 //! before scheduling and remembers after.
 
 mod hashing;
+mod length;
 mod matcher;
 mod metrics;
 mod prompt;
@@ -21,6 +22,7 @@ pub use self::{
     store::PrefixStore,
 };
 pub(super) use self::{
+    length::{MatchLength, fraction},
     matcher::{Limit, Matcher, Sizing},
     prompt::{BYTES_PER_TOKEN, input_tokens},
 };

@@ -46,7 +46,10 @@ use crate::{
         ext_proc::headers::HeaderEdits,
         plugins::{
             Building, Registration, Stability, approx_prefix_cache_producer,
-            prefix::{BYTES_PER_TOKEN, DEFAULT_CAPACITY, Limit, MAX_CAPACITY, Matcher, Sizing},
+            prefix::{
+                BYTES_PER_TOKEN, DEFAULT_CAPACITY, Limit, MAX_CAPACITY, MatchLength, Matcher,
+                Sizing,
+            },
         },
         request::InferenceRequest,
         scheduling::{
@@ -81,7 +84,6 @@ const OWN: [&str; 7] = [
 /// Bytes of a block of the self-contained form.
 const DEFAULT_BLOCK_BYTES: usize = 64;
 const DEFAULT_MAX_BLOCKS: usize = 256;
-const DEFAULT_SCALE: f64 = 8192.0;
 /// Largest block and longest prompt that can be configured.
 const MAX_LENGTH: u64 = 1 << 30;
 
@@ -89,8 +91,7 @@ const MAX_LENGTH: u64 = 1 << 30;
 #[derive(Debug)]
 pub struct PrefixCacheScorer {
     source: Source,
-    weight: f64,
-    scale_tokens: f64,
+    length: MatchLength,
 }
 
 #[derive(Debug)]
@@ -104,20 +105,7 @@ enum Source {
 fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>> {
     let own = OWN.iter().find(|name| params.has(name));
     let sizing = read(params);
-    let weight = params.take("matchLengthWeight", |value| match value.as_f64() {
-        Some(weight) if (0.0..=1.0).contains(&weight) => Ok(weight),
-        _ => Err(format!("must be a number between 0 and 1, got {value}")),
-    });
-    let weight = weight.unwrap_or(0.0);
-    let scale = params.signed("matchLengthScaleTokens", i64::from(i32::MIN)..=1 << 40);
-    let scale_tokens = scale.map_or(DEFAULT_SCALE, |scale| scale as f64);
-    if weight > 0.0 && scale_tokens <= 0.0 {
-        let text = "must be greater than 0 when matchLengthWeight is";
-        params.fault("matchLengthScaleTokens", text);
-    }
-    if weight == 0.0 && scale.is_some() {
-        params.warn("matchLengthScaleTokens", "has no effect while matchLengthWeight is 0");
-    }
+    let length = MatchLength::read(params);
     let named = params.string(PRODUCER).filter(|name| !name.is_empty());
     let source = match (own, named) {
         (Some(own), Some(_)) => {
@@ -139,7 +127,7 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
             Source::Producer(match_producer(params, building, PRODUCER, named.as_deref())?)
         }
     };
-    Some(Arc::new(PrefixCacheScorer { source, weight, scale_tokens }))
+    Some(Arc::new(PrefixCacheScorer { source, length }))
 }
 
 /// The producer of matches that `field` names, or else the default one. `None`, with a fault, if it
@@ -259,12 +247,8 @@ impl Scorer for PrefixCacheScorer {
         }
         for (&endpoint, score) in among.iter().zip(scores) {
             let matched = f64::from(matches.matched.get(endpoint).copied().unwrap_or(0));
-            let mut sum = (1.0 - self.weight) * matched / f64::from(matches.total);
-            if self.weight > 0.0 {
-                let length = (matched * f64::from(matches.block) / self.scale_tokens).min(1.0);
-                sum += self.weight * length * length;
-            }
-            *score = sum;
+            let tokens = matched * f64::from(matches.block);
+            *score = self.length.score(tokens, matched / f64::from(matches.total));
         }
     }
 }

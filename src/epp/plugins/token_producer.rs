@@ -20,6 +20,7 @@ use std::{sync::Arc, time::Duration};
 
 use prometheus::{IntCounterVec, Opts};
 use serde_json::Value;
+use tokio::time::timeout;
 
 use crate::{
     epp::{
@@ -66,7 +67,8 @@ const GRACE: Duration = Duration::from_millis(50);
 pub struct TokenProducer {
     /// `None`: no text is tokenized.
     tokenizer: Option<Arc<dyn Tokenize>>,
-    deadline: Duration,
+    /// What all prompts of a request may take together.
+    budget: Duration,
     failures: IntCounterVec,
 }
 
@@ -126,7 +128,7 @@ fn build(params: &Fields<'_>, building: &dyn Building) -> Option<Arc<dyn Plugin>
     let failures = IntCounterVec::new(failures, &["reason"])
         .and_then(|failures| family(building.registry(), failures));
     let failures = failures.map_err(|error| params.fault("", error.to_string())).ok()?;
-    Some(Arc::new(TokenProducer { tokenizer, deadline: waits + GRACE, failures }))
+    Some(Arc::new(TokenProducer { tokenizer, budget: waits, failures }))
 }
 
 fn read_vllm(fields: Fields<'_>, model: Option<String>) -> RenderConfig {
@@ -250,19 +252,24 @@ impl DataProducer for TokenProducer {
         // Counted where the future is dropped, too.
         let pending = Pending { producer: self, produced, error: Some(TokenizeError::Late) };
         Some(Box::pin(async move {
-            let mut prompts = Vec::with_capacity(inputs.len());
-            for input in inputs {
-                match tokenizer.tokenize(&request.target_model, input).await {
-                    Ok(prompt) => prompts.push(prompt),
-                    Err(error) => return pending.ended(Err(error)),
+            let several = inputs.len() > 1;
+            let all = async {
+                let mut prompts = Vec::with_capacity(inputs.len());
+                for input in inputs {
+                    prompts.push(tokenizer.tokenize(&request.target_model, input).await?);
                 }
-            }
-            pending.ended(Ok(prompts));
+                Ok(prompts)
+            };
+            pending.ended(match several {
+                // The tokenizer knows its own deadline, and that of each prompt only.
+                true => timeout(self.budget, all).await.unwrap_or(Err(TokenizeError::Late)),
+                false => all.await,
+            });
         }))
     }
 
     fn deadline(&self) -> Duration {
-        self.deadline
+        self.budget + GRACE
     }
 }
 

@@ -43,6 +43,9 @@
 //! says 0; before that it says nothing (`no_details`). Without that rule the worst predictions would be
 //! those that nobody sees.
 //!
+//! Where another endpoint prefills, the blocks that it hands over count as cached for the one that
+//! answers (`disaggregated`): what that one held before is in nobody's report.
+//!
 //! # Concurrency
 //!
 //! Handles of an endpoint are looked up without a lock, in a table that is replaced when endpoints come
@@ -50,6 +53,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
+    net::SocketAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -120,14 +124,17 @@ impl DecidedBy {
     }
 }
 
+/// Why there are no tokens that count: those that there are were estimated.
+pub const ESTIMATED: &str = "estimated";
+
 /// Where the scores of a request came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The index.
     Precise,
     /// The approximate matches, since there were no tokens; the reason is
-    /// [`TokenizeError::reason`](crate::tokenize::TokenizeError::reason) or `no_tokens`; `estimated` if
-    /// the tokens were not the engine's own.
+    /// [`TokenizeError::reason`](crate::tokenize::TokenizeError::reason) or `no_tokens`, or
+    /// [`ESTIMATED`].
     NoTokens(&'static str),
     /// The approximate matches, since the index gave no answer.
     NoAnswer(IndexError),
@@ -136,8 +143,6 @@ pub enum Source {
 /// What was predicted for the endpoint that got a request.
 #[derive(Clone, Debug)]
 pub struct Prediction {
-    /// The model as the client named it.
-    pub model: Arc<str>,
     /// Who got it.
     pub endpoint: Arc<Endpoint>,
     /// Tokens of all prompts.
@@ -150,12 +155,14 @@ pub struct Prediction {
     pub depth: u32,
     /// The same by events alone.
     pub confirmed: u32,
-    /// The largest `depth` among the candidates.
+    /// The most that a candidate holds, of what counts in scores; at least `depth`.
     pub best: u32,
     /// Trust in its row.
     pub state: Option<RowState>,
     /// What decided.
     pub decided: DecidedBy,
+    /// Another endpoint computes the prompt.
+    pub disaggregated: bool,
     /// Where the scores came from.
     pub source: Source,
 }
@@ -166,6 +173,14 @@ impl Prediction {
         match self.endpoint.metrics().cache_block_tokens {
             0 => u64::from(self.block).max(1),
             tokens => tokens,
+        }
+    }
+
+    /// Is this `ip:port` the endpoint's? The IP says it: ranks of one pod may be behind one port.
+    fn is_of(&self, served: &str) -> bool {
+        match served.parse::<SocketAddr>() {
+            Ok(served) => served.ip() == self.endpoint.ip(),
+            Err(_) => served == self.endpoint.address(),
         }
     }
 
@@ -187,6 +202,7 @@ enum Unobserved {
     ErrorStatus,
     Aborted,
     OtherEndpoint,
+    Disaggregated,
     NoUsage,
     NoDetails,
     Estimated,
@@ -195,10 +211,11 @@ enum Unobserved {
 }
 
 impl Unobserved {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::ErrorStatus,
         Self::Aborted,
         Self::OtherEndpoint,
+        Self::Disaggregated,
         Self::NoUsage,
         Self::NoDetails,
         Self::Estimated,
@@ -211,6 +228,7 @@ impl Unobserved {
             Self::ErrorStatus => "error_status",
             Self::Aborted => "aborted",
             Self::OtherEndpoint => "other_endpoint",
+            Self::Disaggregated => "disaggregated",
             Self::NoUsage => "no_usage",
             Self::NoDetails => "no_details",
             Self::Estimated => "estimated",
@@ -551,7 +569,7 @@ impl Observation {
     pub fn ended(self, ending: &Ending<'_>, metadata: bool, report: &mut Report) {
         let Self { inner, pod, prediction } = &self;
         let comparable = match &prediction.source {
-            Source::NoTokens("estimated") => Err(Unobserved::Estimated),
+            Source::NoTokens(ESTIMATED) => Err(Unobserved::Estimated),
             Source::NoTokens(_) | Source::NoAnswer(_) => Err(Unobserved::Fallback),
             Source::Precise if prediction.prompts != 1 => Err(Unobserved::SeveralPrompts),
             Source::Precise => Ok(prediction.unit()),
@@ -590,8 +608,11 @@ impl Observation {
         if !ending.completed {
             return Err(Unobserved::Aborted);
         }
-        if ending.served.is_some_and(|served| served != self.prediction.endpoint.address()) {
+        if ending.served.is_some_and(|served| !self.prediction.is_of(served)) {
             return Err(Unobserved::OtherEndpoint);
+        }
+        if self.prediction.disaggregated {
+            return Err(Unobserved::Disaggregated);
         }
         let usage = ending.usage.ok_or(Unobserved::NoUsage)?;
         let cached = self.pod.cached(usage).ok_or(Unobserved::NoDetails)?;

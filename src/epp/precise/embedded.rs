@@ -423,7 +423,9 @@ impl Embedded {
             let rows = matching.rows(endpoint).iter();
             // A row without a model holds nothing, of this model or another.
             let rows = rows.filter(|row| row.model == *model || row.model.is_empty());
-            let best = rows.map(of_row).max_by(|a, b| a.score.total_cmp(&b.score));
+            let best = rows
+                .map(of_row)
+                .max_by(|a, b| a.score.total_cmp(&b.score).then(a.depth.cmp(&b.depth)));
             best.unwrap_or_default()
         };
         endpoints.iter().map(best).collect()
@@ -559,8 +561,8 @@ impl PrefixIndex for Embedded {
         let statuses: Vec<_> = rows.iter().map(|row| row.status()).collect();
         if !statuses.iter().any(|status| status.connected) {
             return vec![format!(
-                "no engine's event socket can be reached, such as {}: KV events are off, or the port is \
-                 another",
+                "no engine's event socket can be reached: KV events are off, or the port is another \
+                 (tried: {})",
                 some_of(rows.iter().map(|row| &*row.endpoint))
             )];
         }

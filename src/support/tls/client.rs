@@ -91,7 +91,11 @@ fn system_roots() -> Result<RootCertStore, TlsError> {
         .or_else(|| BUNDLES.map(PathBuf::from).into_iter().find(|path| path.exists()))
         .ok_or_else(|| TlsError::Setup("the system has no file of trusted certificates".into()))?;
     let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(certificates(&read(path.clone())?, || path)?);
+    let (usable, _) =
+        roots.add_parsable_certificates(certificates(&read(path.clone())?, || path.clone())?);
+    if usable == 0 {
+        return Err(TlsError::Pem { path, what: "certificate that can be used" });
+    }
     Ok(roots)
 }
 

@@ -1,4 +1,5 @@
-//! Why requests are scored by approximate matches: counted, and said once per cause and model.
+//! Why requests are scored by approximate matches, and why precise scores cannot be right: counted, and
+//! said once per cause and model.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,15 +9,16 @@ use std::{
 use prometheus::IntCounterVec;
 
 use super::params::Expected;
-use crate::{epp::precise::PrefixIndex, support::sync::lock};
+use crate::{
+    epp::precise::{PrefixIndex, accuracy::ESTIMATED},
+    support::sync::lock,
+};
 
 /// Models that are watched.
 const MAX_MODELS: usize = 256;
 /// Different warnings about a model.
 const MAX_CAUSES: usize = 16;
 
-/// Tokens are there, but estimated.
-pub(super) const ESTIMATED: &str = "estimated";
 /// No producer of tokens ran or said why.
 pub(super) const NO_TOKENS: &str = "no_tokens";
 /// The index knows no hash settings for the model.
@@ -42,7 +44,7 @@ pub(super) struct Fallbacks {
     plugin: Arc<str>,
     /// By reason.
     counter: IntCounterVec,
-    /// By served name: what was said.
+    /// By served name: causes that were said.
     models: Mutex<HashMap<Arc<str>, HashSet<String>>>,
 }
 
@@ -67,7 +69,7 @@ impl Fallbacks {
         }
     }
 
-    /// Looks for reasons why models that were asked for can never match.
+    /// Looks for reasons why scores of models that were asked for cannot be right.
     pub(super) fn look(&self, index: &dyn PrefixIndex, expected: &Expected) {
         let models: Vec<_> = lock(&self.models).keys().cloned().collect();
         for model in models {
@@ -85,13 +87,15 @@ impl Fallbacks {
         }
     }
 
-    /// Warns unless it was said already.
+    /// Warns unless the cause, which is the text up to `: `, was said already: what follows changes as
+    /// endpoints come and go.
     fn say(&self, model: &str, cause: &str) {
         let mut models = lock(&self.models);
         let Some(said) = models.get_mut(model) else { return };
-        if said.len() < MAX_CAUSES && !said.contains(cause) {
-            said.insert(cause.to_owned());
-            tracing::warn!(plugin = %self.plugin, model, "Precise prefix scores cannot match: {cause}");
+        let (head, _) = cause.split_once(": ").unwrap_or((cause, ""));
+        if said.len() < MAX_CAUSES && !said.contains(head) {
+            said.insert(head.to_owned());
+            tracing::warn!(plugin = %self.plugin, model, "Precise prefix scores cannot be right: {cause}.");
         }
     }
 

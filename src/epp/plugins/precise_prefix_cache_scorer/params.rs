@@ -16,6 +16,8 @@ use crate::{
 
 const TOKEN_PROCESSOR: &str = "tokenProcessorConfig";
 const SERVICE: &str = "indexerService";
+const TTL: &str = "speculativeTTL";
+const WEIGHT: &str = "speculativeWeight";
 const GIVEN_TWICE: &str = "is also at the top of the parameters; give one of them";
 const TOKENIZER: &str = "has no effect: tokens come from a token producer";
 /// Largest number of tokens in a block.
@@ -91,7 +93,7 @@ impl Expected {
 pub(super) fn read(params: &Fields<'_>) -> Option<Params> {
     let scoring = Scoring::read(params);
     let speculative = params.boolean("speculativeIndexing").unwrap_or(false);
-    let ttl = params.parsed("speculativeTTL", |text| match text {
+    let ttl = params.parsed(TTL, |text| match text {
         "" => Ok(DEFAULT_TTL),
         text => match units::signed_nanos(text)? {
             nanos if nanos <= 0 => Ok(DEFAULT_TTL),
@@ -101,9 +103,19 @@ pub(super) fn read(params: &Fields<'_>) -> Option<Params> {
             }
         },
     });
-    let weight = params.number("speculativeWeight", 0.0);
+    let weight = params.number(WEIGHT, 0.0);
     if weight.is_some_and(|weight| weight > 1.0) {
-        params.fault("speculativeWeight", "must be in 0..=1");
+        params.fault(WEIGHT, "must be in 0..=1");
+    }
+    let served = params.has(SERVICE);
+    if !speculative {
+        let why = "has no effect while speculativeIndexing is off";
+        if ttl.is_some_and(|ttl| ttl != DEFAULT_TTL) {
+            params.warn(TTL, why);
+        }
+        if !served && weight.is_some_and(|weight| weight != DEFAULT_SPECULATIVE_WEIGHT) {
+            params.warn(WEIGHT, why);
+        }
     }
     let accuracy = params.mapping("accuracy");
     let metadata = accuracy.boolean("metadata").unwrap_or(false);
@@ -120,7 +132,6 @@ pub(super) fn read(params: &Fields<'_>) -> Option<Params> {
         fields.ignored("tokenizersPoolConfig", TOKENIZER);
         fields.ignored("prefixStoreConfig", TOKENIZER);
     }
-    let served = params.has(SERVICE);
     let cap_bytes = read_index(indexer.mapping("kvBlockIndexConfig"));
     if served {
         let why = "has no effect beside `indexerService`: the service has its own";
@@ -129,7 +140,7 @@ pub(super) fn read(params: &Fields<'_>) -> Option<Params> {
                 indexer.warn(name, why);
             }
         }
-        for name in ["kvEventsConfig", "speculativeWeight"] {
+        for name in ["kvEventsConfig", WEIGHT] {
             if params.has(name) {
                 params.warn(name, why);
             }
@@ -201,6 +212,11 @@ fn read_service(fields: Fields<'_>) -> Option<RemoteConfig> {
         }
         None => None,
     };
+    if switched == Some(Some(false))
+        && address.as_deref().is_some_and(|address| address.starts_with("https:"))
+    {
+        fields.fault("tls", "is off, but the address says https");
+    }
     fields.finish();
     Some(RemoteConfig {
         address: address?,
@@ -302,6 +318,13 @@ fn read_events(fields: Fields<'_>, into: &mut EmbeddedConfig) {
     into.engine = fields.one_of("engineType", &engines).unwrap_or_default().to_owned();
     // Engines that connect to us do not listen as well.
     into.discover_pods = fields.boolean("discoverPods").unwrap_or(into.bind.is_none());
+    if !into.discover_pods {
+        for name in ["engineType", "podDiscoveryConfig"] {
+            if fields.has(name) {
+                fields.warn(name, "has no effect on engines that connect to `zmqEndpoint`");
+            }
+        }
+    }
     let discovery = fields.mapping("podDiscoveryConfig");
     for name in ["podLabelSelector", "podNamespace"] {
         if discovery.string(name).is_some_and(|text| !text.is_empty()) {

@@ -2,6 +2,7 @@
 
 use crate::{
     epp::{
+        plugins::prefix::{MatchLength, fraction},
         precise::{EndpointMatch, RowState, accuracy::DecidedBy},
         scheduling::{PrefixMatches, Scored},
     },
@@ -9,14 +10,11 @@ use crate::{
     support::fields::Fields,
 };
 
-const DEFAULT_SCALE: f64 = 8192.0;
-
 /// How matches become scores.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Scoring {
     minmax: bool,
-    length_weight: f64,
-    scale_tokens: f64,
+    length: MatchLength,
     min_tokens: u64,
     states: StateWeights,
 }
@@ -72,30 +70,12 @@ impl StateWeights {
     }
 }
 
-fn fraction(fields: &Fields<'_>, name: &'static str) -> Option<f64> {
-    fields.take(name, |value| match value.as_f64() {
-        Some(number) if (0.0..=1.0).contains(&number) => Ok(number),
-        _ => Err(format!("must be a number between 0 and 1, got {value}")),
-    })
-}
-
 impl Scoring {
     pub(super) fn read(params: &Fields<'_>) -> Self {
         let minmax = params.one_of("scoreNormalization", &[("absolute", false), ("minmax", true)]);
-        let length_weight = fraction(params, "matchLengthWeight").unwrap_or(0.0);
-        let scale = params.signed("matchLengthScaleTokens", i64::from(i32::MIN)..=1 << 40);
-        let scale_tokens = scale.map_or(DEFAULT_SCALE, |scale| scale as f64);
-        if length_weight > 0.0 && scale_tokens <= 0.0 {
-            let text = "must be greater than 0 when matchLengthWeight is";
-            params.fault("matchLengthScaleTokens", text);
-        }
-        if length_weight == 0.0 && scale.is_some() {
-            params.warn("matchLengthScaleTokens", "has no effect while matchLengthWeight is 0");
-        }
         Self {
             minmax: minmax.unwrap_or(false),
-            length_weight,
-            scale_tokens,
+            length: MatchLength::read(params),
             min_tokens: params.integer("minMatchTokens", 0..=1 << 40).unwrap_or(0),
             states: StateWeights::read(params.mapping("stateWeights")),
         }
@@ -133,11 +113,8 @@ impl Scoring {
                 Some(row) => (row.score, self.states.of(row.state)),
                 None => (f64::from(depth), 1.0),
             };
-            let length = (f64::from(depth) * f64::from(matches.block) / self.scale_tokens).min(1.0);
-            // Weight 0 goes with any scale, 0 included.
-            let length = if self.length_weight > 0.0 { length * length } else { 0.0 };
-            let share = weighted / f64::from(matches.total);
-            *score = trust * (self.length_weight * length + (1.0 - self.length_weight) * share);
+            let tokens = f64::from(depth) * f64::from(matches.block);
+            *score = trust * self.length.score(tokens, weighted / f64::from(matches.total));
         }
         if self.minmax {
             normalize(scores);

@@ -1,7 +1,7 @@
 use std::{
     cell::RefCell,
     collections::{HashMap, HashSet},
-    sync::atomic::AtomicU64,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 use super::*;
@@ -296,6 +296,7 @@ fn without_tokens_or_answer_matches_are_approximate() {
     // A precise one keeps the approximate matches warm.
     let precise = run(Some(&tokens(64)), true);
     assert_eq!(precise.score(&*rig.plugin), [0.0, 0.0]);
+    assert!(precise.produced.prefix("precise-fallback/approximate").is_none(), "not looked up");
     precise.route(&*rig.plugin, &[("default", 1)]);
     #[track_caller]
     fn falls_back(rig: &Rig, run: &Run, reason: &str) {
@@ -334,6 +335,11 @@ fn what_can_never_match_is_said_once() {
     fake.world().unknown = true;
     fallbacks.look(&fake, &Expected::default());
     assert_eq!(fallbacks.said("m").len(), 4);
+    for names in ["a, b", "b, c"] {
+        fake.world().impediments = vec![format!("some have no pod: {names}")];
+        fallbacks.look(&fake, &Expected::default());
+        assert_eq!(fallbacks.said("m").len(), 5);
+    }
     // No more than so many, whatever the index says.
     fake.world().impediments = (0..99).map(|number| number.to_string()).collect();
     fallbacks.look(&fake, &Expected::default());
@@ -520,6 +526,62 @@ fn in_flight_tokens_are_freed() {
 }
 
 #[test]
+fn whom_a_filter_leaves_out_counts_for_its_profile_alone() {
+    let rig = Rig::new("precise-left-out", 4, "{hotPrefix: true}");
+    rig.store(0, &tokens(96));
+    let busy = rig.run(&[9; 500]).route(&*rig.plugin, &[("default", 0)]);
+    let run = rig.run(&tokens(112));
+    let filter = |keep: &[usize]| {
+        let mut keep = keep.to_vec();
+        run.with(|cycle| rig.plugin.filter().unwrap().filter(cycle, &mut keep));
+        keep
+    };
+    assert_eq!(filter(&[0, 1]), [1]);
+    assert_eq!(filter(&[2, 3]), [2, 3]);
+    let answer = run.produced.kept::<Answer>("precise-left-out").unwrap();
+    assert_eq!([0, 1, 2, 3].map(|at| answer.left_out_for(at)), [0, 6, 0, 0]);
+    drop(busy);
+}
+
+#[test]
+fn a_row_that_nobody_trusts_is_no_loss() {
+    #[track_caller]
+    fn check(stale: bool, best: u32) {
+        let rig = Rig::new("precise-best", 2, "{}");
+        rig.store(0, &tokens(160));
+        rig.state(0, PodState::Live, stale);
+        let run = rig.run(&tokens(160));
+        let scored = [0, 1].map(|endpoint| Scored { endpoint, score: 0.0 });
+        let picked = crate::epp::scheduling::ProfileRun { picked: vec![1], scored: scored.into() };
+        let results = vec![(Arc::from("default"), Some(picked))];
+        let results = crate::epp::scheduling::ProfileResults(results);
+        let result = SchedulingResult { primary: Arc::from("default"), results };
+        let plugin: &dyn std::any::Any = &*rig.plugin;
+        let plugin = plugin.downcast_ref::<PrecisePrefixCache>().unwrap();
+        let answer = run.produced.kept::<Answer>("precise-best").unwrap();
+        let matches = run.produced.prefix("precise-best").unwrap();
+        let made = run.with(|cycle| plugin.prediction(cycle, &result, 1, answer, matches)).unwrap();
+        assert_eq!((made.best, made.depth, made.disaggregated), (best, 0, false));
+    }
+    check(false, 10);
+    check(true, 0);
+}
+
+#[test]
+fn what_is_kept_of_an_endpoint_goes_with_it() {
+    let rig = Rig::new("precise-removed", 1, "{hotPrefix: true}");
+    let endpoint = Arc::clone(&rig.bench.endpoints.list()[0]);
+    let mut flight = rig.run(&tokens(64)).route(&*rig.plugin, &[("default", 0)]).unwrap();
+    let usage = crate::epp::ext_proc::Usage { prompt: 64, cached: Some(0), ..Default::default() };
+    let ending = Ending { completed: true, status: Some(200), usage: Some(usage), served: None };
+    flight.ended(&ending, &mut Report::default());
+    let series = format!("epp_prefix_prompt_tokens_total{{endpoint=\"{}\"}}", endpoint.info().name);
+    assert!(rig.counted(&series) > 0);
+    rig.plugin.endpoint_removed(&endpoint);
+    assert_eq!(rig.counted(&series), 0);
+}
+
+#[test]
 fn profiles_and_decider_see_the_same_matches() {
     let rig = Rig::of(PRODUCER, "precise-pd", 2, "{}");
     assert!(rig.plugin.scorer().is_none() && rig.plugin.filter().is_none());
@@ -578,7 +640,7 @@ fn llmds_parameters_load() {
     assert_eq!((config.unlisted_weight, config.speculative_weight), (1.0, 0.5));
     let config = check(
         "{tokenProcessorConfig: {blockSizeTokens: 64, hashSeed: '42', hashAlgorithm: xxh64}, \
-         speculativeWeight: 0.25}",
+         speculativeIndexing: true, speculativeWeight: 0.25}",
     );
     assert_eq!(*config.models.default, Scheme::new(Algorithm::Xxh64, "42", 64));
     assert_eq!(config.speculative_weight, 0.25);
@@ -593,15 +655,16 @@ fn llmds_parameters_load() {
     let config = check("{indexerConfig: {kvBlockIndexConfig: {costAwareMemoryConfig: {}}}}");
     assert_eq!(config.cap_bytes, 2 << 30);
     let config = check(
-        "{kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', topicFilter: 'kv', concurrency: 3, \
-         engineType: sglang, podDiscoveryConfig: {socketPort: 5556, replaySocketPort: 5558}}}",
+        "{kvEventsConfig: {topicFilter: 'kv', concurrency: 3, engineType: sglang, \
+         podDiscoveryConfig: {socketPort: 5556, replaySocketPort: 5558}}}",
     );
-    assert_eq!(config.bind.as_deref(), Some("tcp://*:5557"));
     assert_eq!(
         (config.socket_port, config.replay_port, config.discover_pods),
-        (5556, Some(5558), false)
+        (5556, Some(5558), true)
     );
     assert_eq!((&*config.topic_filter, &*config.engine, config.lanes), ("kv", "sglang", 3));
+    let config = check("{kvEventsConfig: {zmqEndpoint: 'tcp://*:5557'}}");
+    assert_eq!((config.bind.as_deref(), config.discover_pods), (Some("tcp://*:5557"), false));
 }
 
 #[test]
@@ -629,7 +692,7 @@ fn a_service_has_its_own_settings() {
 }
 
 #[test]
-fn old_parameters_are_warned_about() {
+fn parameters_without_effect_are_warned_about() {
     #[track_caller]
     fn check(parameters: &str, want: &[&str]) {
         let (_, warnings) = loads(parameters);
@@ -655,6 +718,19 @@ fn old_parameters_are_warned_about() {
         &["indexerConfig.kvBlockIndexConfig.valkeyConfig: has no effect: the index is in memory"],
     );
     check("{kvEventsConfig: {discoverPods: false}}", &["kvEventsConfig.discoverPods: is off"]);
+    check(
+        "{kvEventsConfig: {zmqEndpoint: 'tcp://*:1', podDiscoveryConfig: {socketPort: 2}}}",
+        &["kvEventsConfig.podDiscoveryConfig: has no effect on engines that connect"],
+    );
+    check(
+        "{speculativeTTL: 3s, speculativeWeight: 0.7}",
+        &["speculativeTTL: has no effect while", "speculativeWeight: has no effect while"],
+    );
+    check("{speculativeTTL: 2s, speculativeWeight: 0.5}", &[]);
+    let bench = Bench::new("precise-producer", 0);
+    let built = bench.try_build(PRODUCER, "{scoreNormalization: minmax, minMatchTokens: 16}");
+    let (_, warnings) = built.unwrap();
+    assert_eq!(warnings, ["scoreNormalization: has no effect: this type ranks nobody"]);
 }
 
 #[test]
@@ -675,6 +751,10 @@ fn wrong_parameters_are_named() {
     check("{indexerService: {deadline: 5ms}}", "indexerService.address: missing");
     check("{indexerService: {address: a, deadline: 5s}}", "indexerService.deadline: 5s is out of");
     check("{indexerService: {address: a, tls: 1}}", "indexerService.tls: expected true, false");
+    check(
+        "{indexerService: {address: 'https://a:1', tls: false}}",
+        "indexerService.tls: is off, but",
+    );
     check("{hotPrefix: {margin: 1}}", "hotPrefix.margin: unknown field");
     check("{stateWeights: {live: 2}}", "stateWeights.live: must be a number between 0 and 1");
     check("{accuracy: {usage: true}}", "accuracy.usage: unknown field");

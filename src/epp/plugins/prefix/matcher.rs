@@ -1,7 +1,7 @@
 //! What an approximate prefix-cache plugin does for one request: match it before it is scheduled,
 //! remember it after.
 
-use std::sync::Arc;
+use std::{slice, sync::Arc};
 
 use super::{
     MAX_CAPACITY,
@@ -130,6 +130,57 @@ impl Matcher {
         endpoints: &[Arc<Endpoint>],
         produced: &mut Produced,
     ) {
+        let hashed = self.hash(request, endpoints, produced);
+        let matches = PrefixMatches {
+            total: hashed.total(),
+            block: u32::try_from(hashed.block_bytes.div_ceil(BYTES_PER_TOKEN)).unwrap_or(u32::MAX),
+            matched: self.store.matches(&hashed.chains, endpoints),
+        };
+        produced.set_prefix(&self.name, matches);
+        produced.keep(&self.name, hashed);
+    }
+
+    /// Remembers where the request went: the first endpoint of the primary profile, and that of the
+    /// profile `prefill`. A request that was not matched before is hashed now.
+    pub(in crate::epp::plugins) fn pre_request(
+        &self,
+        cycle: &Cycle<'_>,
+        result: &SchedulingResult,
+    ) {
+        let Some(&target) = result.targets().first() else { return };
+        let made;
+        let hashed = match cycle.produced.kept::<Hashed>(&self.name) {
+            Some(kept) => kept,
+            None => {
+                made = self.hash(cycle.request, cycle.endpoints, cycle.produced);
+                &made
+            }
+        };
+        let matched = match (cycle.produced.prefix(&self.name), cycle.endpoints.get(target)) {
+            (Some(matches), _) => matches.matched.get(target).copied(),
+            (None, Some(alone)) => {
+                self.store.matches(&hashed.chains, slice::from_ref(alone)).first().copied()
+            }
+            (None, None) => None,
+        };
+        self.metrics.routed(matched.unwrap_or(0), hashed.total(), hashed.block_bytes);
+        let prefill = result.results.get(PREFILL).and_then(|run| run.picked.first().copied());
+        let prefill = prefill.filter(|&prefill| prefill != target);
+        for pod in [Some(target), prefill].into_iter().flatten() {
+            let Some(endpoint) = cycle.endpoints.get(pod) else { continue };
+            let reported = cycle.metrics.get(pod).map_or(0, |metrics| metrics.cache_blocks);
+            let capacity = self.sizing.capacity(reported);
+            let grown = self.store.insert(endpoint.id(), &hashed.chains, capacity);
+            self.metrics.resized(grown as i64);
+        }
+    }
+
+    fn hash(
+        &self,
+        request: &InferenceRequest,
+        endpoints: &[Arc<Endpoint>],
+        produced: &Produced,
+    ) -> Hashed {
         let block_bytes = self.sizing.block_bytes(endpoints);
         let mut hasher = BlockHasher::new(
             &request.target_model,
@@ -140,38 +191,7 @@ impl Matcher {
         );
         let content = if self.sizing.tokens { Content::Tokens } else { Content::Bytes };
         prompt::hash(request, produced, content, &mut hasher);
-        let chains = hasher.finish();
-        let matches = PrefixMatches {
-            total: u32::try_from(chains.total()).unwrap_or(u32::MAX),
-            block: u32::try_from(block_bytes.div_ceil(BYTES_PER_TOKEN)).unwrap_or(u32::MAX),
-            matched: self.store.matches(&chains, endpoints),
-        };
-        produced.set_prefix(&self.name, matches);
-        produced.keep(&self.name, Hashed { chains, block_bytes });
-    }
-
-    /// Remembers where the request went: the first endpoint of the primary profile, and that of the
-    /// profile `prefill`.
-    pub(in crate::epp::plugins) fn pre_request(
-        &self,
-        cycle: &Cycle<'_>,
-        result: &SchedulingResult,
-    ) {
-        let Some(&target) = result.targets().first() else { return };
-        let Some(hashed) = cycle.produced.kept::<Hashed>(&self.name) else { return };
-        let prefill = result.results.get(PREFILL).and_then(|run| run.picked.first().copied());
-        let prefill = prefill.filter(|&prefill| prefill != target);
-        for pod in [Some(target), prefill].into_iter().flatten() {
-            let Some(endpoint) = cycle.endpoints.get(pod) else { continue };
-            let reported = cycle.metrics.get(pod).map_or(0, |metrics| metrics.cache_blocks);
-            let capacity = self.sizing.capacity(reported);
-            let grown = self.store.insert(endpoint.id(), &hashed.chains, capacity);
-            self.metrics.resized(grown as i64);
-        }
-        if let Some(matches) = cycle.produced.prefix(&self.name) {
-            let matched = matches.matched.get(target).copied().unwrap_or(0);
-            self.metrics.routed(matched, matches.total, hashed.block_bytes);
-        }
+        Hashed { chains: hasher.finish(), block_bytes }
     }
 
     /// Forgets an endpoint.
@@ -185,4 +205,11 @@ impl Matcher {
 struct Hashed {
     chains: Chains,
     block_bytes: usize,
+}
+
+impl Hashed {
+    /// Blocks of all chains.
+    fn total(&self) -> u32 {
+        u32::try_from(self.chains.total()).unwrap_or(u32::MAX)
+    }
 }

@@ -164,3 +164,32 @@ fn parameters() {
     fs::write(here.join("tokenizer.json"), "{").unwrap();
     check(&json!({"local": {"models": {"m": here}}}), Some("tokenizer.json: not a tokenizer"));
 }
+
+/// Takes 15 ms for whatever it is given.
+#[derive(Debug)]
+struct Slow;
+
+#[tonic::async_trait]
+impl Tokenize for Slow {
+    async fn tokenize(&self, _: &str, _: Input) -> Result<Tokenized, TokenizeError> {
+        tokio::time::sleep(Duration::from_millis(15)).await;
+        Ok(vec![1].into())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_prompts_of_a_request_share_its_budget() {
+    let failures = Opts::new("failures", "of this test");
+    let plugin = TokenProducer {
+        tokenizer: Some(Arc::new(Slow)),
+        budget: Duration::from_millis(20),
+        failures: IntCounterVec::new(failures, &["reason"]).unwrap(),
+    };
+    let one = produce(&plugin, &asked(COMPLETIONS, r#"{"prompt":["a"]}"#)).await;
+    assert_eq!(ids(&one), Some(vec![vec![1]]));
+    let began = tokio::time::Instant::now();
+    let two = produce(&plugin, &asked(COMPLETIONS, r#"{"prompt":["a","b"]}"#)).await;
+    assert_eq!((ids(&two), two.no_tokens), (None, Some(TokenizeError::Late)));
+    assert!(began.elapsed() < Duration::from_millis(25));
+    assert_eq!(plugin.failures.with_label_values(&["late"]).get(), 1);
+}

@@ -26,7 +26,6 @@ fn endpoint(life: u64, engine_block: u64) -> Arc<Endpoint> {
 /// A live row, 1000 tokens in blocks of 16, of which so many are held.
 fn held(depth: u32) -> Prediction {
     Prediction {
-        model: "m".into(),
         endpoint: endpoint(1, 16),
         prompt_tokens: 1000,
         prompts: 1,
@@ -36,6 +35,7 @@ fn held(depth: u32) -> Prediction {
         best: depth,
         state: Some(RowState { state: PodState::Live, stale: false }),
         decided: DecidedBy::Prefix,
+        disaggregated: false,
         source: Source::Precise,
     }
 }
@@ -181,11 +181,16 @@ fn what_cannot_be_observed_is_counted() {
     unobserved(held(10), &usage(None), "no_details");
     unobserved(Prediction { prompts: 2, ..held(10) }, &good, "several_prompts");
     let from = |source| Prediction { source, ..held(10) };
-    unobserved(from(Source::NoTokens("estimated")), &good, "estimated");
+    unobserved(from(Source::NoTokens(ESTIMATED)), &good, "estimated");
     unobserved(from(Source::NoTokens("late")), &good, "fallback");
     unobserved(from(Source::NoAnswer(IndexError::Open)), &good, "fallback");
-    let same = Ending { served: Some("10.0.0.1:8000"), ..good };
-    check(held(10), &same, &["predictions_total{outcome=exact} 1"]);
+    unobserved(held(10), &Ending { served: Some("10.0.0.2"), ..good }, "other_endpoint");
+    unobserved(Prediction { disaggregated: true, ..held(10) }, &good, "disaggregated");
+    // The second is the port of all ranks.
+    for served in ["10.0.0.1:8000", "10.0.0.1:9000"] {
+        let same = Ending { served: Some(served), ..good };
+        check(held(10), &same, &["predictions_total{outcome=exact} 1"]);
+    }
 }
 
 #[test]

@@ -345,7 +345,7 @@ impl Joined {
             );
             let pods = some(rows.rows.iter().map(|row| &row.pod));
             findings.push(format!(
-                "{} of {} endpoints have no pod in the indexer: {names}; its pods are: {pods}",
+                "some endpoints have no pod in the indexer: {} of {}, {names}; its pods are: {pods}",
                 unknown.len(),
                 self.endpoints.len()
             ));

@@ -55,7 +55,10 @@ impl std::fmt::Debug for Target {
 impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
-        write!(f, "{scheme}://{}:{}", self.host, self.port)
+        match self.host.contains(':') {
+            true => write!(f, "{scheme}://[{}]:{}", self.host, self.port),
+            false => write!(f, "{scheme}://{}:{}", self.host, self.port),
+        }
     }
 }
 
@@ -177,7 +180,7 @@ mod tests {
     fn addresses_are_read() {
         check("indexer:50051", false, Ok("http://indexer:50051"));
         check("http://indexer:1/", false, Ok("http://indexer:1"));
-        check("[::1]:50051", false, Ok("http://::1:50051"));
+        check("[::1]:50051", false, Ok("http://[::1]:50051"));
         check("indexer:50051", true, Ok("https://indexer:50051"));
         check("https://10.0.0.1:50051", true, Ok("https://10.0.0.1:50051"));
         check("http://indexer:1", true, Err("TLS settings, but http"));

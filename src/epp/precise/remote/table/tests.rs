@@ -219,8 +219,10 @@ fn impediments_are_named() {
     check(
         vec![status("a", None, 0), status("x", None, 1)],
         "llama",
-        &["1 of 2 endpoints have no pod in the indexer: default/b (10.0.0.2:8000); its pods are: \
-           a, x"],
+        &[
+            "some endpoints have no pod in the indexer: 1 of 2, default/b (10.0.0.2:8000); its pods are: \
+           a, x",
+        ],
     );
     assert_eq!(some(0..6), "0, 1, 2, 3, 4, …");
     assert_eq!(some(0..5), "0, 1, 2, 3, 4");
