@@ -58,6 +58,9 @@ const MAX_MESSAGE: usize = 32 << 20;
 /// breaker lets through, scores are back within a second of the service.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 
+/// A fault whose text keeps changing is told no more often.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
+
 /// A connection that lasted this long was a good one.
 const LASTED: Duration = Duration::from_secs(1);
 
@@ -83,6 +86,8 @@ impl From<Status> for End {
 /// Keeps a connection until `stop`.
 pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) -> anyhow::Result<()> {
     let mut wait = BACKOFF.0;
+    // When it was last said that there is no connection.
+    let mut said: Option<Instant> = None;
     loop {
         let began = Instant::now();
         let end = tokio::select! {
@@ -108,7 +113,10 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) -> anyhow:
         let known = shared.problem.swap(Some(Arc::new(why.clone())));
         if was_linked {
             tracing::warn!(indexer = %shared.target, why, "The connection to the indexer ended.");
-        } else if known.is_none_or(|known| *known != why) {
+        } else if known.is_none_or(|known| *known != why)
+            && said.is_none_or(|said| said.elapsed() >= SAY_AGAIN)
+        {
+            said = Some(Instant::now());
             tracing::warn!(indexer = %shared.target, why, "No connection to the indexer.");
         }
         wait = if was_linked && began.elapsed() >= LASTED {

@@ -311,7 +311,8 @@ impl Joined {
                 let models: BTreeSet<&str> = rows.models.keys().map(|model| &**model).collect();
                 let known = some(models.iter());
                 findings.push(format!(
-                    "no pod of the indexer has model {served:?}; its models are: {known}"
+                    "no pod of the indexer has model {served:?}; its models are: {}",
+                    if known.is_empty() { "none yet" } else { &known }
                 ));
             }
             Some((model, _)) => {
