@@ -163,9 +163,11 @@ const TOOL_USE: &str = "tool_use";
 impl Model {
     fn load(directory: &Path, cache: CacheConfig, clock: &Clock) -> anyhow::Result<Self> {
         let file = directory.join("tokenizer.json");
-        let text = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
-        let mut tokenizer: tokenizers::Tokenizer = serde_json::from_slice(&text)
-            .with_context(|| format!("{}: not a tokenizer", file.display()))?;
+        let text = fs::read_to_string(&file);
+        let text = text.with_context(|| format!("reading {}", file.display()))?;
+        let mut tokenizer: tokenizers::Tokenizer = text
+            .parse()
+            .map_err(|error| anyhow::anyhow!("{}: not a tokenizer: {error}", file.display()))?;
         // Engines set both by themselves, for each request.
         tokenizer.with_padding(None);
         let untruncated = tokenizer.with_truncation(None).map(|_| ());

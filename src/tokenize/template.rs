@@ -139,16 +139,14 @@ fn environment(clock: Clock) -> Environment<'static> {
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_recursion_limit(MAX_RECURSION);
     environment.set_unknown_method_callback(python::method);
-    environment.set_formatter(|out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value| {
-        python::print(out, value)
+    environment.set_formatter(|out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value| {
+        python::print(out, state, value)
     });
     environment.add_filter("tojson", python::to_json);
-    environment.add_filter("string", |value: &Value| python::to_string(value));
+    environment.add_filter("string", python::to_string);
     environment.add_filter("trim", python::trim);
     environment.add_filter("from_json", python::from_json);
-    environment.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, python::to_string(message)))
-    });
+    environment.add_function("raise_exception", python::raise);
     environment.add_function("strftime_now", move |format: &str| python::strftime(format, clock()));
     environment.add_function("dict", |first: Option<Value>, named: Kwargs| {
         python::dict(first.as_ref(), &named)
