@@ -12,12 +12,16 @@ use prometheus::Registry;
 use serde::Deserialize;
 
 use super::{
-    Input, Tokenize, TokenizeError, Tokenized,
+    Input, MAX_PROMPT, Tokenize, TokenizeError, Tokenized,
     chat::{self, Chat},
     encode::{self, CacheConfig, Encoder},
     pool::{Pool, PoolConfig, SMALL_BYTES, Step},
     template::{self, Clock, Template},
 };
+
+/// Bytes of an input from which on to parse and to render it is no small job, however much of the prompt
+/// is remembered.
+const LARGE_INPUT: usize = 1 << 20;
 
 /// Where the tokenizers are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,6 +132,10 @@ impl Local {
 impl Tokenize for Local {
     async fn tokenize(&self, model: &str, input: Input) -> Result<Tokenized, TokenizeError> {
         let model = Arc::clone(self.model(model)?);
+        if input.bytes() > LARGE_INPUT {
+            let whole = move || model.ids(&model.prompt(input)?);
+            return self.pool.run_sized(usize::MAX, whole).await;
+        }
         let first = move || {
             let prompt = model.prompt(input)?;
             Ok(if model.is_small(&prompt) {
@@ -199,6 +207,10 @@ impl Model {
     /// The text that the model sees.
     fn prompt(&self, input: Input) -> Result<Prompt, TokenizeError> {
         Ok(match input {
+            Input::Text { text, .. } if text.len() > MAX_PROMPT => {
+                let what = format!("the prompt is longer than {MAX_PROMPT} bytes");
+                return Err(TokenizeError::Invalid(what));
+            }
             Input::Text { text, add_special_tokens } => {
                 Prompt { text, add_special_tokens, chat: None }
             }
