@@ -33,7 +33,7 @@ pub mod template;
 pub use self::models::Local;
 
 /// Bytes of a prompt at most: two million tokens of English. The time that `tokenizers` takes grows little
-/// faster than the text, but a text of one long word takes it some microseconds and a hundred bytes of
+/// faster than the text, but a text of one long word takes it a microsecond or two and a hundred bytes of
 /// memory for each byte, and beyond ten million steps its regular expressions give up with a panic.
 pub const MAX_PROMPT: usize = 8 << 20;
 
