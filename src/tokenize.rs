@@ -32,6 +32,11 @@ pub mod template;
 
 pub use self::models::Local;
 
+/// Bytes of a prompt at most: two million tokens of English. The time that `tokenizers` takes grows little
+/// faster than the text, but a text of one long word takes it a microsecond or two and a hundred bytes of
+/// memory for each byte, and beyond ten million steps its regular expressions give up with a panic.
+pub const MAX_PROMPT: usize = 8 << 20;
+
 /// What is to be tokenized.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
@@ -45,6 +50,16 @@ pub enum Input {
     },
     /// The JSON body of an OpenAI chat completion request.
     Chat(Bytes),
+}
+
+impl Input {
+    /// Bytes of the prompt or of the body.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Text { text, .. } => text.len(),
+            Self::Chat(body) => body.len(),
+        }
+    }
 }
 
 /// A tokenized prompt.
@@ -83,7 +98,8 @@ pub enum TokenizeError {
     /// The model has no chat template.
     #[error("the model has no chat template")]
     NoChatTemplate,
-    /// The input cannot be tokenized: the body is no chat, the template refuses it.
+    /// The input cannot be tokenized: the body is no chat, the template refuses it, the prompt is longer
+    /// than [`MAX_PROMPT`].
     #[error("{0}")]
     Invalid(String),
     /// The prompt has pictures or such, and nothing tells how many tokens they are.

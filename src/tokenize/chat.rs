@@ -449,20 +449,18 @@ fn ordered(raw: &Value, first: &[&str]) -> Pairs {
     ordered
 }
 
-/// An object under construction: few keys, in order.
+/// An object under construction, in order. A key may come again; its last value counts, at the place of
+/// the first, as in Python. Requests bring any number of keys, so that nothing is looked for on the way.
 #[derive(Debug, Default)]
 struct Pairs(Vec<(String, Value)>);
 
 impl Pairs {
     fn get(&self, name: &str) -> Option<Value> {
-        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
+        self.0.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone())
     }
 
     fn set(&mut self, name: &str, value: Value) {
-        match self.0.iter_mut().find(|(key, _)| key == name) {
-            Some((_, old)) => *old = value,
-            None => self.0.push((name.to_owned(), value)),
-        }
+        self.0.push((name.to_owned(), value));
     }
 
     fn value(self) -> Value {

@@ -12,12 +12,16 @@ use prometheus::Registry;
 use serde::Deserialize;
 
 use super::{
-    Input, Tokenize, TokenizeError, Tokenized,
+    Input, MAX_PROMPT, Tokenize, TokenizeError, Tokenized,
     chat::{self, Chat},
     encode::{self, CacheConfig, Encoder},
     pool::{Pool, PoolConfig, SMALL_BYTES, Step},
     template::{self, Clock, Template},
 };
+
+/// Bytes of an input from which on to parse and to render it is no small job, however much of the prompt
+/// is remembered.
+const LARGE_INPUT: usize = 1 << 20;
 
 /// Where the tokenizers are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,6 +132,10 @@ impl Local {
 impl Tokenize for Local {
     async fn tokenize(&self, model: &str, input: Input) -> Result<Tokenized, TokenizeError> {
         let model = Arc::clone(self.model(model)?);
+        if input.bytes() > LARGE_INPUT {
+            let whole = move || model.ids(&model.prompt(input)?);
+            return self.pool.run_sized(usize::MAX, whole).await;
+        }
         let first = move || {
             let prompt = model.prompt(input)?;
             Ok(if model.is_small(&prompt) {
@@ -163,9 +171,11 @@ const TOOL_USE: &str = "tool_use";
 impl Model {
     fn load(directory: &Path, cache: CacheConfig, clock: &Clock) -> anyhow::Result<Self> {
         let file = directory.join("tokenizer.json");
-        let text = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
-        let mut tokenizer: tokenizers::Tokenizer = serde_json::from_slice(&text)
-            .with_context(|| format!("{}: not a tokenizer", file.display()))?;
+        let text = fs::read_to_string(&file);
+        let text = text.with_context(|| format!("reading {}", file.display()))?;
+        let mut tokenizer: tokenizers::Tokenizer = text
+            .parse()
+            .map_err(|error| anyhow::anyhow!("{}: not a tokenizer: {error}", file.display()))?;
         // Engines set both by themselves, for each request.
         tokenizer.with_padding(None);
         let untruncated = tokenizer.with_truncation(None).map(|_| ());
@@ -197,6 +207,10 @@ impl Model {
     /// The text that the model sees.
     fn prompt(&self, input: Input) -> Result<Prompt, TokenizeError> {
         Ok(match input {
+            Input::Text { text, .. } if text.len() > MAX_PROMPT => {
+                let what = format!("the prompt is longer than {MAX_PROMPT} bytes");
+                return Err(TokenizeError::Invalid(what));
+            }
             Input::Text { text, add_special_tokens } => {
                 Prompt { text, add_special_tokens, chat: None }
             }

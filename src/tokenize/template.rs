@@ -22,6 +22,8 @@ use minijinja::{
     Environment, Error, ErrorKind, Output, State, Value, syntax::SyntaxConfig, value::Kwargs,
 };
 
+use super::MAX_PROMPT;
+
 mod format;
 mod python;
 
@@ -30,8 +32,6 @@ pub use self::format::ContentFormat;
 /// Seconds since 1970, as templates see the time.
 pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
-/// Output of one template at most, in bytes.
-pub const MAX_OUTPUT: usize = 16 << 20;
 /// Work that any template may do: an instruction costs 1, as do 64 bytes that are made.
 const FUEL: u64 = 1_000_000;
 /// Depth of macros that call macros.
@@ -93,7 +93,7 @@ impl Template {
     /// What the template refuses, or which limit it exceeds.
     pub fn render(&self, variables: Value, input_bytes: usize) -> Result<String, String> {
         let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL + input_bytes as u64));
+        environment.set_fuel(Some(FUEL + input_bytes.min(MAX_PROMPT) as u64));
         let template = environment.get_template(NAME).map_err(|error| words(&error))?;
         let mut out = Capped(Vec::new());
         match template.render_captured_to(variables, &mut out) {
@@ -102,19 +102,19 @@ impl Template {
                 Err("the chat template does too much for its input".to_owned())
             }
             Err(error) if error.kind() == ErrorKind::WriteFailure => {
-                Err(format!("the chat template makes more than {MAX_OUTPUT} bytes"))
+                Err(format!("the chat template makes more than {MAX_PROMPT} bytes"))
             }
             Err(error) => Err(words(&error)),
         }
     }
 }
 
-/// Takes [`MAX_OUTPUT`] bytes.
+/// Takes [`MAX_PROMPT`] bytes.
 struct Capped(Vec<u8>);
 
 impl io::Write for Capped {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > MAX_OUTPUT {
+        if self.0.len() + bytes.len() > MAX_PROMPT {
             return Err(io::ErrorKind::StorageFull.into());
         }
         self.0.extend_from_slice(bytes);
@@ -139,16 +139,14 @@ fn environment(clock: Clock) -> Environment<'static> {
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_recursion_limit(MAX_RECURSION);
     environment.set_unknown_method_callback(python::method);
-    environment.set_formatter(|out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value| {
-        python::print(out, value)
+    environment.set_formatter(|out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value| {
+        python::print(out, state, value)
     });
     environment.add_filter("tojson", python::to_json);
-    environment.add_filter("string", |value: &Value| python::to_string(value));
+    environment.add_filter("string", python::to_string);
     environment.add_filter("trim", python::trim);
     environment.add_filter("from_json", python::from_json);
-    environment.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, python::to_string(message)))
-    });
+    environment.add_function("raise_exception", python::raise);
     environment.add_function("strftime_now", move |format: &str| python::strftime(format, clock()));
     environment.add_function("dict", |first: Option<Value>, named: Kwargs| {
         python::dict(first.as_ref(), &named)

@@ -2,4 +2,4 @@
 
 mod command;
 mod parity;
-mod rig;
+pub(crate) mod rig;

@@ -1,17 +1,16 @@
 //! The token cache against the tokenizer itself: whatever is typed, cut off, inserted or repeated, the
 //! ids are those of encoding the whole text.
 //!
-//! `KV_INDEXER_TOKENIZERS` names a directory with real tokenizers (`<dir>/qwen3/tokenizer.json` and so
-//! on); the default is `tools/tokenizers` of the target directory. Those that are not there are left
-//! out, and said so. `TOKENIZE_CASES` is the number of texts for each tokenizer, `TOKENIZE_SEED` where
-//! they begin.
+//! `TOKENIZE_CASES` is the number of texts for each tokenizer, `TOKENIZE_SEED` where they begin.
 
-use std::{env, fs, path::PathBuf, sync::Arc};
+use std::{env, fs, sync::Arc};
 
 use kv_indexer::tokenize::encode::{CacheConfig, Cuts, Encoder, register};
 use prometheus::Registry;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
+
+use crate::tokenize::rig::tokenizers;
 
 const CL100K: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -330,22 +329,11 @@ fn ids_are_those_of_the_tokenizer_where_less_is_proved() {
 #[test]
 fn real_tokenizers_agree() {
     let cases = knob("TOKENIZE_CASES", 60);
-    let folder = env::var_os("KV_INDEXER_TOKENIZERS").map_or_else(
-        || {
-            let target = env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-            target
-                .unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/target")))
-                .join("tools/tokenizers")
-        },
-        PathBuf::from,
-    );
     for name in ["qwen3", "llama3_1", "deepseek_v3", "gptoss"] {
-        let path = folder.join(name).join("tokenizer.json");
-        if !fs::exists(&path).unwrap() {
-            println!("{name} is left out: no {}", path.display());
-            continue;
-        }
-        let tokenizer = Tokenizer::from_file(&path).unwrap();
+        let path = tokenizers().join(name).join("tokenizer.json");
+        let text = fs::read_to_string(&path)
+            .unwrap_or_else(|error| panic!("{}: {error}; run tests/run", path.display()));
+        let tokenizer = text.parse().unwrap();
         check(name, tokenizer, Cuts::Words, cases);
     }
 }

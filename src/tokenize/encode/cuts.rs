@@ -36,9 +36,11 @@
 //! in the latter's ranges, so no match of theirs goes over a cut. If one of them splits at the cut, all is
 //! said; if not, `a` and `b` are in one piece of the next.
 //!
-//! NFC before that: `b` is a character that never combines with what is before it, nor changes (a stable
-//! starter, Unicode Standard Annex 15), so the sides normalize as in the whole. `a` under rule 2 does not
-//! change, and under rule 1 what solid characters normalize to is no whitespace.
+//! NFC before that: `b` is a starter that never combines with what is before it (Unicode Standard Annex
+//! 15), so the sides normalize as in the whole. With what follows, `<`, `=` and `>` combine to another
+//! symbol (U+0338: `≮`), for which rule 2 holds as well: it is no letter, mark or apostrophe; the others
+//! do not change. `a` under rule 2 does not change, and under rule 1 what solid characters normalize to is
+//! no whitespace.
 //!
 //! Added tokens: the rule is used on text in which there is none, so there is none in its parts.
 

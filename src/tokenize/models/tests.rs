@@ -148,6 +148,26 @@ fn bodies_that_engines_refuse_are_refused() {
 }
 
 #[test]
+fn many_keys_take_little_time_and_long_prompts_are_refused() {
+    let began = std::time::Instant::now();
+    let keys: Vec<String> = (0..100_000).map(|key| format!("\"k{key}\":0")).collect();
+    let keys = keys.join(",");
+    let body = format!(
+        r#"{{"messages":[{{"role":"assistant","tool_calls":[{{{keys},"function":{{"name":"f",{keys}}}}}]}}],
+        "chat_template_kwargs":{{{keys},"k1":"c"}}}}"#
+    );
+    check(&[("chat_template.jinja", "a {{ k1 }}")], &body, Ok(&[1, 5]));
+    assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
+
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("m/tokenizer.json"), TOKENIZER);
+    let local = Local::load(&below(folder.path()), &Registry::new(), "test").unwrap();
+    let text = Input::Text { text: "a".repeat(MAX_PROMPT + 1).into(), add_special_tokens: false };
+    let said = local.tokenize_now("m", &text).unwrap_err().to_string();
+    assert_eq!(said, "the prompt is longer than 8388608 bytes");
+}
+
+#[test]
 fn truncation_keeps_the_end_unless_told_otherwise() {
     let template = [("chat_template.jinja", "a b c")];
     let with = |json: &str| USER.replace("]}", &format!("],{json}}}"));
@@ -177,12 +197,14 @@ async fn threads_give_the_ids_that_the_caller_would_make() {
             assert_eq!(Ok(ids), other.tokenize_now("m", &text).map(|tokenized| tokenized.ids));
         }
     }
-    assert_eq!(
-        local.tokenize("m", Input::Chat(b"{}".as_slice().into())).await.err(),
-        local.tokenize_now("m", &Input::Chat(b"{}".as_slice().into())).err()
-    );
+    for spaces in [0, LARGE_INPUT] {
+        let chat = Input::Chat(format!("{{}}{}", " ".repeat(spaces)).into());
+        let said = local.tokenize("m", chat.clone()).await.err();
+        assert!(said.is_some());
+        assert_eq!(said, local.tokenize_now("m", &chat).err());
+    }
     let text = crate::support::metrics::encode(&registry).unwrap();
-    assert!(text.contains("models_test_tokenize_seconds_count 9"), "{text}");
+    assert!(text.contains("models_test_tokenize_seconds_count 10"), "{text}");
     let count = "models_test_token_cache_hits_total{model=\"m\"} ";
     let hits = text.lines().find_map(|line| line.strip_prefix(count)).map(str::to_owned);
     assert!(hits.as_ref().is_some_and(|hits| hits != "0"), "{text}");

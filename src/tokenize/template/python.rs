@@ -7,7 +7,7 @@ use minijinja::{
     value::{Kwargs, ValueKind, from_args},
 };
 
-/// Nesting of values that are printed.
+/// Nesting of values that are printed, at most.
 const MAX_DEPTH: usize = 200;
 
 /// Characters that Python's `str.strip` and `str.split` take for white space: Rust's, and four
@@ -25,62 +25,74 @@ fn unprintable(_: fmt::Error) -> Error {
 }
 
 /// Writes a value as `{{ value }}` does.
-pub(super) fn print(out: &mut Output<'_>, value: &Value) -> Result<(), Error> {
+pub(super) fn print(
+    out: &mut Output<'_>,
+    state: &State<'_, '_>,
+    value: &Value,
+) -> Result<(), Error> {
     match value.as_str() {
         Some(text) => out.write_str(text).map_err(unprintable),
         None if value.kind() == ValueKind::Invalid => Err(invalid(value.to_string())),
-        None => out.write_str(&to_string(value)).map_err(unprintable),
+        None => out.write_str(&to_string(state, value)?).map_err(unprintable),
     }
 }
 
-/// `str(value)`.
-pub(super) fn to_string(value: &Value) -> String {
+/// `str(value)`. What it makes is paid for while it is made: a list that holds another one twice, and so
+/// on, is small itself, and endless in print.
+pub(super) fn to_string(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
     if let Some(text) = value.as_str() {
-        return text.to_owned();
+        return Ok(text.to_owned());
     }
     let mut out = String::new();
-    repr(&mut out, value, 0);
-    out
+    repr(state, &mut out, value, 0)?;
+    Ok(out)
+}
+
+/// `raise_exception(message)`.
+pub(super) fn raise(state: &State<'_, '_>, message: &Value) -> Result<Value, Error> {
+    Err(invalid(to_string(state, message)?))
 }
 
 /// `repr(value)`.
-fn repr(out: &mut String, value: &Value, depth: usize) {
-    if let Some(text) = value.as_str() {
-        return repr_text(out, text);
+fn repr(state: &State<'_, '_>, out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(invalid("values nest too deeply to be printed"));
     }
+    let before = out.len();
     match value.kind() {
+        ValueKind::String => repr_text(out, value.as_str().unwrap_or_default()),
         ValueKind::Number if !value.is_integer() => out.push_str(&float(value)),
-        ValueKind::Seq | ValueKind::Iterable if depth < MAX_DEPTH && value.is_plain_list() => {
-            out.push('[');
-            for (index, item) in items(value).enumerate() {
-                out.push_str(if index > 0 { ", " } else { "" });
-                repr(out, &item, depth + 1);
+        ValueKind::Seq | ValueKind::Iterable => {
+            let brackets = if is_tuple(value) { ['(', ')'] } else { ['[', ']'] };
+            out.push(brackets[0]);
+            let mut count = 0;
+            for item in items(value) {
+                out.push_str(if count > 0 { ", " } else { "" });
+                repr(state, out, &item, depth + 1)?;
+                count += 1;
             }
-            out.push(']');
+            out.push_str(if is_tuple(value) && count == 1 { "," } else { "" });
+            out.push(brackets[1]);
+            return state.consume_fuel(1);
         }
-        ValueKind::Map if depth < MAX_DEPTH => {
+        ValueKind::Map => {
             out.push('{');
             for (index, (key, item)) in pairs(value).enumerate() {
                 out.push_str(if index > 0 { ", " } else { "" });
-                repr(out, &key, depth + 1);
+                repr(state, out, &key, depth + 1)?;
                 out.push_str(": ");
-                repr(out, &item, depth + 1);
+                repr(state, out, &item, depth + 1)?;
             }
             out.push('}');
+            return state.consume_fuel(1);
         }
-        _ => out.push_str(&value.to_string()),
+        _ => write!(out, "{value}").unwrap_or_default(),
     }
+    state.consume_fuel(1 + (out.len() - before) as u64 / 64)
 }
 
-trait PlainList {
-    fn is_plain_list(&self) -> bool;
-}
-
-impl PlainList for Value {
-    /// Not a tuple, which prints with parentheses.
-    fn is_plain_list(&self) -> bool {
-        self.as_object().is_none_or(|object| !object.is::<minijinja::value::Tuple>())
-    }
+fn is_tuple(value: &Value) -> bool {
+    value.as_object().is_some_and(|object| object.is::<minijinja::value::Tuple>())
 }
 
 fn repr_text(out: &mut String, text: &str) {
@@ -312,12 +324,16 @@ pub(super) fn from_json(text: &str) -> Result<Value, Error> {
 }
 
 /// The filter `trim`, with Python's white space.
-pub(super) fn trim(value: &Value, chars: Option<&str>) -> String {
-    let text = to_string(value);
-    match chars {
+pub(super) fn trim(
+    state: &State<'_, '_>,
+    value: &Value,
+    chars: Option<&str>,
+) -> Result<String, Error> {
+    let text = to_string(state, value)?;
+    Ok(match chars {
         Some(chars) => text.trim_matches(|c| chars.contains(c)).to_owned(),
         None => text.trim_matches(is_space).to_owned(),
-    }
+    })
 }
 
 /// `dict(…)`.

@@ -46,6 +46,7 @@ fn values_print_as_in_python() {
         "{}",
         "NoneTrueTrueTrue",
     );
+    check("{{ (1, 'a') }} {{ (1,) }} {{ [()] }}", "{}", "(1, 'a') (1,) [()]");
     check("{{ 7 // 2 }} {{ 7 / 2 }} {{ -7 % 3 }} {{ 'a' * 3 }}", "{}", "3 3.5 2 aaa");
 }
 
@@ -119,6 +120,26 @@ fn what_a_template_does_is_bounded() {
     refused("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "recursion");
     let doubling = "{% set ns = namespace(s='xxxxxxxxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}";
     refused(doubling, "too much");
+    let nested = |inner: &str, then: &str| {
+        format!(
+            "{{% set ns = namespace(v='x') %}}{{% for i in range(150) %}}{{% set ns.v = {inner} %}}\
+             {{% endfor %}}{{{{ {then} }}}}"
+        )
+    };
+    for inner in ["[ns.v, ns.v]", "(ns.v, ns.v)", "{1: ns.v, 2: ns.v}"] {
+        for then in ["ns.v", "ns.v | string", "ns.v | trim", "raise_exception(ns.v)"] {
+            refused(&nested(inner, then), "too much");
+        }
+    }
+    refused(&nested("[ns.v, ns.v]", "ns.v | tojson"), "too much");
+    refused(&nested("[ns.v]", "[[ns.v, 1]]").replace("150", "250"), "too deeply");
+    for source in [
+        "{{ range(1000000000) | list }}",
+        "{{ 'x' * 1000000000 }}",
+        "{{ range(99999) | join('x' * 99999) }}",
+    ] {
+        refused(source, "");
+    }
     let long = "{% set s = 'x' * 1000000 %}{% for i in range(40) %}{{ s }}{% endfor %}";
     refused(long, "makes more than");
 }

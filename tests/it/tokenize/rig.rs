@@ -11,9 +11,9 @@ use kv_indexer::tokenize::{Local, models::LocalConfig};
 use prometheus::Registry;
 use tempfile::TempDir;
 
-/// Names the folder of tokenizers; `tests/run` sets it.
+/// Names the folder of tokenizers to use in place of the installed ones.
 const TOKENIZERS_VARIABLE: &str = "KV_INDEXER_TOKENIZERS";
-/// Names the Python that has `transformers`; `tests/run` sets it.
+/// Names the Python that has `transformers`, in place of the installed one.
 const PYTHON_VARIABLE: &str = "KV_INDEXER_TRANSFORMERS_PYTHON";
 /// 5 August 2025, noon: the time of `make.py`.
 const NOON: u64 = 1_754_395_200;
@@ -32,19 +32,29 @@ pub(crate) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenize")
 }
 
-pub(crate) fn tokenizers() -> PathBuf {
-    installed(TOKENIZERS_VARIABLE)
-}
-
-pub(crate) fn python() -> PathBuf {
-    installed(PYTHON_VARIABLE)
-}
-
+/// The folder with a directory for each tokenizer.
 #[track_caller]
-fn installed(variable: &str) -> PathBuf {
-    match env::var_os(variable) {
-        Some(path) => PathBuf::from(path),
-        None => panic!("{variable} names nothing; run the tests with tests/run, which installs it"),
+pub(crate) fn tokenizers() -> PathBuf {
+    installed(TOKENIZERS_VARIABLE, "tokenizers")
+}
+
+/// The Python that has `transformers`.
+#[track_caller]
+pub(crate) fn python() -> PathBuf {
+    installed(PYTHON_VARIABLE, "transformers/bin/python")
+}
+
+/// What the variable names, or else what `tests/run` put below the target folder.
+#[track_caller]
+fn installed(variable: &str, path: &str) -> PathBuf {
+    let named = env::var_os(variable).map(PathBuf::from);
+    let installed = Path::new(env!("CARGO_BIN_EXE_kv-indexer"))
+        .ancestors()
+        .map(|folder| folder.join("tools").join(path))
+        .find(|path| path.exists());
+    match named.or(installed) {
+        Some(path) => path,
+        None => panic!("no tools/{path}: run tests/run, or name it in {variable}"),
     }
 }
 
