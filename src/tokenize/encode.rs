@@ -5,7 +5,7 @@
 //! A tokenizer works in steps that split: added tokens are taken out first, each text between them is
 //! normalized and pre-tokenized by itself, each pre-token goes through the model by itself. So the ids
 //! of a text are those of its parts one after the other, if it is parted where these steps split anyway.
-//! [`plan`] finds out where that is proved for a given tokenizer:
+//! `plan` finds out where that is proved for a given tokenizer:
 //!
 //! ```text
 //! <|im_start|>user\nTell me about …, please. And …<|im_end|>\n<|im_start|>assistant\n
@@ -14,10 +14,10 @@
 //!             └w┘└w┘└─w──┘                                 words of a chunk that was never seen
 //! ```
 //!
-//! * Chunks are remembered with their ids ([`cache::Chunks`]). A conversation that grows by one turn finds
+//! * Chunks are remembered with their ids (`cache::Chunks`). A conversation that grows by one turn finds
 //!   all of its older turns, and so does another one with the same system prompt or document.
-//! * Words are the shortest parts that may be cut ([`cuts`]). Text has few different ones, so that text
-//!   never seen before is mostly looked up too ([`cache::Words`]).
+//! * Words are the shortest parts that may be cut (`cuts`). Text has few different ones, so that text
+//!   never seen before is mostly looked up too (`cache::Words`).
 //! * A tokenizer for which nothing is proved encodes whole texts and remembers nothing.
 //!
 //! # Invariants

@@ -125,7 +125,7 @@ fn llmd_plugin_parameters_load() {
     assert_eq!((scheme.block_size(), scheme.algorithm()), (64, Algorithm::Xxh64));
     assert_eq!((config.index_cap_bytes, config.ingest.lanes), (320_000_000, 32));
     assert!((config.tiers.unlisted - 1.0).abs() < 1e-6);
-    assert!((config.tiers.speculative - 1.0).abs() < 1e-6);
+    assert!((config.tiers.speculative - 0.5).abs() < 1e-6);
     check_warnings(
         &config,
         &[

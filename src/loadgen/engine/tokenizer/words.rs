@@ -2,7 +2,7 @@
 //!
 //! # Model
 //!
-//! Prompts become tokens as [`Local`] makes them. Answers are made of words of [`LIST`] that are one
+//! Prompts become tokens as [`Local`] makes them. Answers are made of words of `LIST` that are one
 //! token each, with a blank before them and without, so that an answer has as many tokens as were asked
 //! for, and its text, encoded again, gives the ids that were generated: in the next turn of a chat, or
 //! behind the prompt of a completion, the engine finds the blocks of its answer.
