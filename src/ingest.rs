@@ -23,6 +23,7 @@ pub mod fleet;
 mod frame;
 mod lane;
 mod line;
+pub mod llmd;
 pub mod metrics;
 mod publisher;
 pub mod sequencer;

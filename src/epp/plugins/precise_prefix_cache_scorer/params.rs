@@ -11,6 +11,7 @@ use crate::{
         remote::{RemoteConfig, RemoteTls},
     },
     hash::{Algorithm, Models, Scheme},
+    ingest::llmd::{self, MIN_CAP},
     support::{fields::Fields, units},
 };
 
@@ -34,11 +35,6 @@ const HALF_OPEN: Duration = Duration::from_millis(250);
 const DEFAULT_TOPIC: &str = "kv@";
 const DEFAULT_PORT: u16 = 5557;
 const DEFAULT_CAP: u64 = 4 << 30;
-/// Below it an index could not hold one long prompt.
-const MIN_CAP: u64 = 1 << 20;
-const MAX_CAP: u64 = 1 << 50;
-/// What a block costs in llm-d's counting by number of keys.
-const BYTES_PER_KEY: u64 = 32;
 /// Weights of the tiers where none are listed; any other tier weighs 1, as in llm-d.
 const TIERS: [(&str, f64); 2] = [("gpu", 1.0), ("cpu", 0.8)];
 const DEFAULT_SPECULATIVE_WEIGHT: f64 = 0.5;
@@ -258,15 +254,7 @@ fn read_token_processor(fields: Fields<'_>, into: &mut Expected) {
 fn read_tiers(indexer: &Fields<'_>) -> Vec<(String, f64)> {
     let mut tiers: Vec<(String, f64)> = Vec::new();
     for tier in indexer.each("kvCacheBackendConfigs") {
-        let name = tier.required("name", Fields::nonempty).map(|name| name.to_lowercase());
-        let weight = tier.required("weight", |fields, name| fields.number(name, 0.0));
-        if let (Some(name), Some(weight)) = (name, weight) {
-            if tiers.iter().any(|(known, _)| *known == name) {
-                tier.fault("name", format!("tier {name:?} is listed twice"));
-            }
-            tiers.push((name, weight));
-        }
-        tier.finish();
+        llmd::read_tier(tier, &mut tiers);
     }
     if tiers.is_empty() {
         tiers.extend(TIERS.map(|(name, weight)| (name.to_owned(), weight)));
@@ -276,36 +264,16 @@ fn read_tiers(indexer: &Fields<'_>) -> Vec<(String, f64)> {
 
 /// The cap of the index, bytes.
 fn read_index(fields: Fields<'_>) -> u64 {
-    let memory = fields.mapping("inMemoryConfig");
-    let keys: Option<u64> = memory.integer("size", 1..=MAX_CAP / BYTES_PER_KEY);
-    if memory.integer::<u64>("podCacheSize", 1..=u64::from(u32::MAX)).is_some() {
-        memory.warn("podCacheSize", "has no effect: a block knows all its pods");
-    }
-    memory.finish();
-    let cost = fields.mapping("costAwareMemoryConfig");
-    let bytes = units::bytes(&cost, "size", 1..=MAX_CAP);
-    let bytes = bytes.or(cost.is_present().then_some(2 << 30));
-    cost.finish();
+    let asked = llmd::read_memory(&fields);
     for name in ["redisConfig", "valkeyConfig"] {
-        let redis = fields.mapping(name);
-        redis.string("address");
-        redis.one_of("backendType", &[("redis", ()), ("valkey", ()), ("", ())]);
-        redis.boolean("enableRDMA");
-        if redis.is_present() {
+        if llmd::read_redis(&fields, name) {
             fields.warn(name, "has no effect: the index is in memory");
         }
-        redis.finish();
     }
     fields.boolean("enableMetrics");
-    fields.take("metricsLoggingInterval", |value| match value {
-        Value::String(text) => units::signed_nanos(text).map(drop),
-        // Nanoseconds, which is how Go writes a duration as JSON.
-        Value::Number(number) if number.is_i64() || number.is_u64() => Ok(()),
-        _ => Err("expected an integer in nanoseconds, or a duration such as `1m0s`".to_owned()),
-    });
+    llmd::read_logging_interval(&fields);
     fields.finish();
-    let derived = bytes.or(keys.map(|keys| keys * BYTES_PER_KEY));
-    derived.map_or(DEFAULT_CAP, |bytes| bytes.max(MIN_CAP))
+    asked.map_or(DEFAULT_CAP, |(bytes, _)| bytes.max(MIN_CAP))
 }
 
 fn read_events(fields: Fields<'_>, into: &mut EmbeddedConfig) {
