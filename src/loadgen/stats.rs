@@ -1,0 +1,1 @@
+//! Percentiles, intervals and knees. Pure.
