@@ -1,0 +1,407 @@
+//! One policy, once: fresh stack, first probe, warm-up, levels.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::{Common, Load, Spec};
+use crate::loadgen::{
+    drive::{self, Drive, Driven, Ended, Pacing, Target},
+    freshness::{self, WatchOptions, Watched},
+    measure::{self, MeasureOptions},
+    progress::{Display, Progress},
+    report::Scenario,
+    resources::{Component, Sampler, Watched as Source},
+    stack::{EngineAddress, Policy, Stack, StackOptions},
+    workload::{Plan, Planned, Workload, trace},
+};
+
+/// How often components are sampled.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// How many requests of the warm-up are in flight, by pod.
+const WARM_PER_POD: usize = 2;
+/// How many of a closed loop's requests are planned for each second and place in flight: more than any
+/// pod answers.
+const PER_PLACE_AND_SECOND: f64 = 400.0;
+/// The model that probes of freshness are stored for; no request names it.
+const PROBE_MODEL: &str = "loadgen-probe";
+/// How long the last probes, and what a storm left behind, may take.
+const WATCH_ENDS: Duration = Duration::from_secs(30);
+/// Requests of a closed loop that are planned at most.
+const MOST_PLANNED: usize = 400_000;
+
+/// Where an arm's requests go, and what belongs to it.
+struct Ground {
+    stack: Option<Stack>,
+    target: Target,
+    indexer: Option<SocketAddr>,
+    indexer_pid: Option<u32>,
+    engines: Vec<EngineAddress>,
+    ext_proc: Option<SocketAddr>,
+    components: Vec<Component>,
+}
+
+impl Ground {
+    async fn start(spec: &Spec, policy: &Policy, common: &Common) -> Result<Self> {
+        let ourselves =
+            Component { name: "loadgen".to_owned(), sources: vec![Source::Pid(std::process::id())] };
+        if let Some(there) = &common.elsewhere {
+            let mut components = there.components.clone();
+            components.push(ourselves);
+            return Ok(Self {
+                stack: None,
+                target: Target::Gateway(there.url.clone()),
+                indexer: there.indexer,
+                indexer_pid: None,
+                engines: Vec::new(),
+                ext_proc: None,
+                components,
+            });
+        }
+        let options = StackOptions {
+            fleet: common.fleet.clone(),
+            policy: policy.clone(),
+            envoy: common.envoy.clone(),
+            program: common.program.clone(),
+            want_hits: true,
+            indexer: spec.storm.is_some() && *policy == Policy::Precise,
+        };
+        let stack = Stack::start(options).await?;
+        let mut components = stack.components();
+        components.push(ourselves);
+        Ok(Self {
+            target: stack.target(),
+            indexer: stack.indexer(),
+            indexer_pid: stack.indexer_pid(),
+            engines: stack.engines().to_vec(),
+            ext_proc: stack.ext_proc(),
+            components,
+            stack: Some(stack),
+        })
+    }
+}
+
+/// Runs all levels of a scenario with one policy.
+///
+/// # Errors
+///
+/// What cannot be started or reached, and a stack that was not empty at its start.
+pub async fn run(
+    spec: &Spec,
+    policy: &Policy,
+    repeat: u32,
+    common: &Common,
+    label: &str,
+    cancel: &CancellationToken,
+) -> Result<Vec<Scenario>> {
+    let mut ground = Ground::start(spec, policy, common).await?;
+    let outcome = levels(spec, policy, repeat, common, label, cancel, &mut ground).await;
+    if let Some(stack) = ground.stack.take() {
+        stack.stop().await;
+    }
+    outcome
+}
+
+async fn levels(
+    spec: &Spec,
+    policy: &Policy,
+    repeat: u32,
+    common: &Common,
+    label: &str,
+    cancel: &CancellationToken,
+    ground: &mut Ground,
+) -> Result<Vec<Scenario>> {
+    let seed = common.seed.wrapping_add(u64::from(repeat));
+    let progress = Arc::new(Progress::default());
+    progress.set_label(label);
+    let display = Display::start(Arc::clone(&progress), common.display.clone());
+    let driver = Driver { common, ground, progress: &progress, cancel };
+    warm_up(spec, seed, &driver).await?;
+    let mut scenarios = Vec::new();
+    for level in planned(spec, seed) {
+        if cancel.is_cancelled() {
+            break;
+        }
+        let mut scenario = driver.level(spec, policy, repeat, seed, &level).await?;
+        if let Some(fault) = driver.ground.stack.as_ref().and_then(Stack::fault) {
+            scenario.warnings.push(fault);
+            scenario.valid = false;
+        }
+        scenarios.push(scenario);
+    }
+    display.finish();
+    Ok(scenarios)
+}
+
+/// One level: what is sent, and how.
+struct Level {
+    plan: Plan,
+    pacing: Pacing,
+    /// As in the report.
+    level: Option<f64>,
+    asked_rps: Option<f64>,
+    duration: Option<Duration>,
+}
+
+/// All levels. Their requests go on where those of the level before ended, so that what is meant to be
+/// new is new.
+fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
+    let mut begun = 0;
+    let mut take = |count: usize| {
+        let from = begun;
+        begun += count;
+        requests(&spec.workload, seed, from, count)
+    };
+    let most = spec.requests.unwrap_or(usize::MAX);
+    match &spec.load {
+        Load::Concurrency(levels) => levels
+            .iter()
+            .map(|&concurrency| {
+                let wanted = PER_PLACE_AND_SECOND * concurrency as f64 * spec.duration.as_secs_f64();
+                let count = (wanted as usize).clamp(concurrency, MOST_PLANNED).min(most);
+                Level {
+                    plan: Plan::closed(take(count)),
+                    pacing: Pacing::Closed { concurrency },
+                    level: Some(concurrency as f64),
+                    asked_rps: None,
+                    duration: Some(spec.duration),
+                }
+            })
+            .collect(),
+        Load::Arrivals(levels) => levels
+            .iter()
+            .enumerate()
+            .map(|(at, arrivals)| {
+                let mut times =
+                    arrivals.times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
+                times.truncate(most);
+                let plan = Plan::open(take(times.len()), &times);
+                let level = (levels.len() > 1).then_some(arrivals.rate());
+                let asked_rps = Some(times.len() as f64 / spec.duration.as_secs_f64());
+                Level { plan, pacing: Pacing::Open, level, asked_rps, duration: None }
+            })
+            .collect(),
+        Load::Recorded(requests) => {
+            let plan = Plan { requests: requests.iter().take(most).cloned().collect() };
+            vec![Level { plan, pacing: Pacing::Open, level: None, asked_rps: None, duration: None }]
+        }
+    }
+}
+
+/// Requests `from..from + count` of the workload.
+fn requests(workload: &Workload, seed: u64, from: usize, count: usize) -> Vec<Planned> {
+    let mut all = workload.requests(seed, from + count);
+    let mut rest = all.split_off(from);
+    for request in &mut rest {
+        // A conversation's earlier turn may lie in the level before: then it is past.
+        request.after = request.after.and_then(|mut after| {
+            after.request = after.request.checked_sub(u32::try_from(from).ok()?)?;
+            Some(after)
+        });
+    }
+    rest
+}
+
+/// Sends the first request alone and looks whether anything was there already, then everything that
+/// stays.
+async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
+    let mut residents = match &spec.load {
+        Load::Recorded(requests) => requests.iter().take(1).cloned().collect(),
+        _ => spec.workload.residents(seed),
+    };
+    if residents.is_empty() {
+        residents = spec.workload.requests(seed ^ 0x5eed, 1);
+    }
+    for request in &mut residents {
+        (request.at, request.after, request.burst) = (None, None, None);
+    }
+    let rest = if spec.warm { residents.split_off(1.min(residents.len())) } else { Vec::new() };
+    residents.truncate(1);
+    driver.progress.set_phase("first probe");
+    let first = driver.send(Plan::closed(residents), Pacing::Closed { concurrency: 1 }, None).await?;
+    if let [probe] = first.exchanges.as_slice() {
+        if let Ended::Failed(failure) = &probe.ended {
+            bail!("the first request failed: {}", failure.label());
+        }
+        let found = probe.cached_tokens.unwrap_or(0).max(probe.predicted_tokens.unwrap_or(0));
+        if found > 0 && driver.ground.stack.is_some() {
+            bail!("the first request already found {found} tokens: the stack was not empty");
+        }
+    }
+    if !rest.is_empty() {
+        driver.progress.set_phase("warm-up");
+        let pods = driver.ground.engines.len().max(1);
+        let pacing = Pacing::Closed { concurrency: (WARM_PER_POD * pods).min(rest.len()) };
+        let warmed = driver.send(Plan::closed(rest), pacing, None).await?;
+        let failed = warmed.exchanges.iter().find_map(|exchange| match &exchange.ended {
+            Ended::Failed(failure) => Some(failure.label()),
+            _ => None,
+        });
+        if let Some(failed) = failed {
+            bail!("a request of the warm-up failed: {failed}");
+        }
+    }
+    Ok(())
+}
+
+/// What it takes to send.
+struct Driver<'a> {
+    common: &'a Common,
+    ground: &'a Ground,
+    progress: &'a Arc<Progress>,
+    cancel: &'a CancellationToken,
+}
+
+impl Driver<'_> {
+    async fn send(
+        &self,
+        plan: Plan,
+        pacing: Pacing,
+        duration: Option<Duration>,
+    ) -> Result<Driven> {
+        let common = self.common;
+        let drive = Drive {
+            plan,
+            target: self.ground.target.clone(),
+            pacing,
+            model: common.model.clone(),
+            form: common.form,
+            duration,
+            grace: common.grace,
+            timeout: common.timeout,
+            threads: common.threads,
+            want_hits: true,
+            progress: Arc::clone(self.progress),
+            cancel: self.cancel.clone(),
+        };
+        tokio::task::spawn_blocking(move || drive::run(&drive)).await.context("sending panicked")?
+    }
+
+    async fn level(
+        &self,
+        spec: &Spec,
+        policy: &Policy,
+        repeat: u32,
+        seed: u64,
+        level: &Level,
+    ) -> Result<Scenario> {
+        self.progress.set_phase(&level.level.map_or_else(String::new, |at| format!("level {at}")));
+        let before = self.predictions().await;
+        let watching = self.watch(spec);
+        let sampler = Sampler::start(self.ground.components.clone(), SAMPLE)?;
+        let driven = self.send(level.plan.clone(), level.pacing, level.duration).await;
+        let sampled = sampler.finish();
+        let watched = match watching {
+            Some(watching) => Some(watching.finish().await),
+            None => None,
+        };
+        let driven = driven?;
+        let after = self.predictions().await;
+        let mut doubts = Vec::new();
+        let watched = watched.and_then(|(origin, watched)| match watched {
+            Ok(watched) => Some(seen_from(watched, origin, driven.started)),
+            Err(error) => {
+                doubts.push(format!("freshness was not measured: {error:#}"));
+                None
+            }
+        });
+        let ideal = trace::ideal_hits(level.plan.requests.iter(), self.common.fleet.block_size);
+        let options = MeasureOptions {
+            name: spec.name.clone(),
+            policy: self.policy_name(policy),
+            repeat,
+            level: level.level,
+            workload: spec.workload.to_string(),
+            seed,
+            asked_rps: level.asked_rps,
+            block_size: self.common.fleet.block_size,
+            objectives: self.common.objectives.clone(),
+            resources: Some(&sampled),
+            watched: watched.as_ref(),
+            ideal_hit_ratio: Some(ideal.ratio()),
+            ..MeasureOptions::default()
+        };
+        let mut scenario = measure::scenario(&driven, &level.plan, &options);
+        if let (Some(before), Some(after)) = (before, after) {
+            after.since(&before).complete(&mut scenario);
+        }
+        scenario.gateway = self.gateway();
+        scenario.valid &= doubts.is_empty();
+        scenario.warnings.extend(doubts);
+        Ok(scenario)
+    }
+
+    /// What the endpoint picker counts of its own predictions.
+    async fn predictions(&self) -> Option<Predictions> {
+        self.ground.stack.as_ref()?.predictions().await
+    }
+
+    fn policy_name(&self, policy: &Policy) -> String {
+        if self.common.elsewhere.is_some() { "gateway".to_owned() } else { policy.to_string() }
+    }
+
+    fn gateway(&self) -> String {
+        match (&self.common.elsewhere, &self.common.envoy) {
+            (Some(there), _) => there.url.clone(),
+            (None, Some(envoy)) => format!("Envoy ({})", envoy.display()),
+            (None, None) => "no gateway in this run".to_owned(),
+        }
+    }
+
+    /// Asks the index how late it is until the returned is finished.
+    fn watch(&self, spec: &Spec) -> Option<Watching> {
+        let indexer = self.ground.indexer.filter(|_| spec.freshness)?;
+        let options = WatchOptions {
+            indexer,
+            indexer_pid: self.ground.indexer_pid,
+            model: PROBE_MODEL.to_owned(),
+            probes_per_s: self.common.probes_per_s,
+            condition: if self.common.delayed { "delayed" } else { "steady" }.to_owned(),
+            engines: self.ground.engines.clone(),
+            storm: spec.storm.clone(),
+            delayed: self.common.delayed,
+        };
+        let (origin, stop) = (Instant::now(), CancellationToken::new());
+        let mut task = JoinSet::new();
+        task.spawn(freshness::watch(options, origin, stop.clone()));
+        Some(Watching { origin, stop, task })
+    }
+}
+
+/// A measurement of freshness that is under way.
+struct Watching {
+    origin: Instant,
+    stop: CancellationToken,
+    task: JoinSet<Result<Watched>>,
+}
+
+impl Watching {
+    async fn finish(mut self) -> (Instant, Result<Watched>) {
+        self.stop.cancel();
+        let ended = tokio::time::timeout(WATCH_ENDS, self.task.join_next()).await;
+        let watched = match ended {
+            Ok(Some(Ok(watched))) => watched,
+            Ok(_) => Err(anyhow::anyhow!("it panicked")),
+            Err(_) => Err(anyhow::anyhow!("it did not end in {} s", WATCH_ENDS.as_secs())),
+        };
+        (self.origin, watched)
+    }
+}
+
+/// The same with times from the first request's.
+fn seen_from(mut watched: Watched, origin: Instant, started: Instant) -> Watched {
+    let shift = started.saturating_duration_since(origin).as_secs_f64();
+    for at in watched.probes.iter_mut().chain(&mut watched.backlog) {
+        at[0] -= shift;
+    }
+    for [begin, end] in &mut watched.event_bursts {
+        (*begin, *end) = (*begin - shift, *end - shift);
+    }
+    watched
+}
