@@ -21,10 +21,12 @@ pub mod arm;
 pub mod command;
 pub mod quick;
 
-use std::{io::Write, path::PathBuf, time::Duration};
+use std::{io::Write, path::PathBuf, time::{Duration, Instant}};
 
 use anyhow::{Context as _, Result};
 use tokio_util::sync::CancellationToken;
+
+use crate::support::clock::unix_ns;
 
 use super::{
     environment,
@@ -93,8 +95,6 @@ pub struct Common {
     pub fleet: FleetOptions,
     /// Envoy's binary; `None` = we play its part.
     pub envoy: Option<PathBuf>,
-    /// The program to start components with; `None` = this one.
-    pub program: Option<PathBuf>,
     /// Served model name.
     pub model: String,
     /// What bodies look like.
@@ -123,10 +123,10 @@ pub struct Common {
 ///
 /// What cannot be started or reached. What requests run into is in the report.
 pub async fn run(specs: &[Spec], common: &Common, cancel: &CancellationToken) -> Result<Report> {
-    let clock = environment::Clock::start();
+    let started = Instant::now();
     let mut report = Report {
         schema: report::SCHEMA.to_owned(),
-        started_unix_ns: clock.started_unix_ns(),
+        started_unix_ns: unix_ns(),
         environment: environment::read(),
         ..Report::default()
     };
@@ -136,8 +136,8 @@ pub async fn run(specs: &[Spec], common: &Common, cancel: &CancellationToken) ->
         if cancel.is_cancelled() {
             break;
         }
-        let label = format!("{} {policy} ({} of {total})", spec.name, at + 1);
-        let measured = arm::run(spec, policy, repeat, common, &label, cancel).await;
+        let place = (at + 1, total);
+        let measured = arm::run(spec, policy, repeat, common, place, cancel).await;
         let measured = measured.with_context(|| format!("{} with policy {policy}", spec.name));
         match measured {
             Ok(scenarios) => report.scenarios.extend(scenarios),
@@ -151,13 +151,12 @@ pub async fn run(specs: &[Spec], common: &Common, cancel: &CancellationToken) ->
         }
     }
     report.interrupted = cancel.is_cancelled();
-    report.duration_s = clock.elapsed().as_secs_f64();
-    environment::finish(&mut report.environment);
-    report.warnings.extend(clock.warnings());
-    report.warnings.extend(environment::warnings(&report.environment));
-    report.valid = !report.scenarios.is_empty()
-        && report.scenarios.iter().all(|scenario| scenario.valid)
-        && report.warnings.is_empty();
+    report.duration_s = started.elapsed().as_secs_f64();
+    report.environment.load_after = environment::load_average();
+    report.valid = report.warnings.is_empty()
+        && !report.scenarios.is_empty()
+        && report.scenarios.iter().all(|scenario| scenario.valid);
+    report.warnings.extend(environment::doubts(&report.environment));
     report.summarise();
     report.compare_policies();
     Ok(report)

@@ -15,11 +15,11 @@ use crate::loadgen::{
     drive::{self, Drive, Driven, Ended, Pacing, Target},
     freshness::{self, WatchOptions, Watched},
     measure::{self, MeasureOptions},
-    progress::{Display, Progress},
+    progress::{Arm, Display, Progress},
     report::Scenario,
     resources::{Component, Sampler, Watched as Source},
     stack::{EngineAddress, Policy, Stack, StackOptions},
-    workload::{Plan, Planned, Workload, trace},
+    workload::{Plan, hits},
 };
 
 /// How often components are sampled.
@@ -68,7 +68,6 @@ impl Ground {
             fleet: common.fleet.clone(),
             policy: policy.clone(),
             envoy: common.envoy.clone(),
-            program: common.program.clone(),
             want_hits: true,
             indexer: spec.storm.is_some() && *policy == Policy::Precise,
         };
@@ -97,11 +96,11 @@ pub async fn run(
     policy: &Policy,
     repeat: u32,
     common: &Common,
-    label: &str,
+    place: (usize, usize),
     cancel: &CancellationToken,
 ) -> Result<Vec<Scenario>> {
     let mut ground = Ground::start(spec, policy, common).await?;
-    let outcome = levels(spec, policy, repeat, common, label, cancel, &mut ground).await;
+    let outcome = levels(spec, policy, repeat, common, place, cancel, &mut ground).await;
     if let Some(stack) = ground.stack.take() {
         stack.stop().await;
     }
@@ -113,22 +112,21 @@ async fn levels(
     policy: &Policy,
     repeat: u32,
     common: &Common,
-    label: &str,
+    place: (usize, usize),
     cancel: &CancellationToken,
     ground: &mut Ground,
 ) -> Result<Vec<Scenario>> {
     let seed = common.seed.wrapping_add(u64::from(repeat));
     let progress = Arc::new(Progress::default());
-    progress.set_label(label);
-    let display = Display::start(Arc::clone(&progress), common.display.clone());
-    let driver = Driver { common, ground, progress: &progress, cancel };
+    let display = Display::start(Arc::clone(&progress), common.display);
+    let driver = Driver { common, ground, progress: &progress, cancel, spec, policy, place };
     warm_up(spec, seed, &driver).await?;
     let mut scenarios = Vec::new();
     for level in planned(spec, seed) {
         if cancel.is_cancelled() {
             break;
         }
-        let mut scenario = driver.level(spec, policy, repeat, seed, &level).await?;
+        let mut scenario = driver.level(repeat, seed, &level).await?;
         if let Some(fault) = driver.ground.stack.as_ref().and_then(Stack::fault) {
             scenario.warnings.push(fault);
             scenario.valid = false;
@@ -155,8 +153,8 @@ fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
     let mut begun = 0;
     let mut take = |count: usize| {
         let from = begun;
-        begun += count;
-        requests(&spec.workload, seed, from, count)
+        begun += count as u64;
+        spec.workload.requests_from(seed, from, count)
     };
     let most = spec.requests.unwrap_or(usize::MAX);
     match &spec.load {
@@ -194,20 +192,6 @@ fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
     }
 }
 
-/// Requests `from..from + count` of the workload.
-fn requests(workload: &Workload, seed: u64, from: usize, count: usize) -> Vec<Planned> {
-    let mut all = workload.requests(seed, from + count);
-    let mut rest = all.split_off(from);
-    for request in &mut rest {
-        // A conversation's earlier turn may lie in the level before: then it is past.
-        request.after = request.after.and_then(|mut after| {
-            after.request = after.request.checked_sub(u32::try_from(from).ok()?)?;
-            Some(after)
-        });
-    }
-    rest
-}
-
 /// Sends the first request alone and looks whether anything was there already, then everything that
 /// stays.
 async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
@@ -227,7 +211,7 @@ async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
     }
     let rest = if spec.warm { residents.split_off(1.min(residents.len())) } else { Vec::new() };
     residents.truncate(1);
-    driver.progress.set_phase("first probe");
+    driver.begin("first probe", None);
     let first = driver.send(Plan::closed(residents), Pacing::Closed { concurrency: 1 }, None).await?;
     if let [probe] = first.exchanges.as_slice() {
         // What somebody else's servers answer is for the report to say.
@@ -240,7 +224,7 @@ async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
         }
     }
     if !rest.is_empty() {
-        driver.progress.set_phase("warm-up");
+        driver.begin("warm-up", None);
         let pods = driver.ground.engines.len().max(1);
         let pacing = Pacing::Closed { concurrency: (WARM_PER_POD * pods).min(rest.len()) };
         let warmed = driver.send(Plan::closed(rest), pacing, None).await?;
@@ -261,9 +245,26 @@ struct Driver<'a> {
     ground: &'a Ground,
     progress: &'a Arc<Progress>,
     cancel: &'a CancellationToken,
+    spec: &'a Spec,
+    policy: &'a Policy,
+    /// Which arm of how many.
+    place: (usize, usize),
 }
 
 impl Driver<'_> {
+    /// Tells whoever watches what is done from now on.
+    fn begin(&self, phase: &str, asked_rps: Option<f64>) {
+        let (number, of) = self.place;
+        self.progress.begin(Arm {
+            scenario: format!("{} {phase}", self.spec.name).trim_end().to_owned(),
+            policy: self.policy_name(),
+            number: u32::try_from(number).unwrap_or(u32::MAX),
+            of: u32::try_from(of).unwrap_or(u32::MAX),
+            asked_rps,
+            takes: None,
+        });
+    }
+
     async fn send(
         &self,
         plan: Plan,
@@ -288,15 +289,9 @@ impl Driver<'_> {
         tokio::task::spawn_blocking(move || drive::run(&drive)).await.context("sending panicked")?
     }
 
-    async fn level(
-        &self,
-        spec: &Spec,
-        policy: &Policy,
-        repeat: u32,
-        seed: u64,
-        level: &Level,
-    ) -> Result<Scenario> {
-        self.progress.set_phase(&level.level.map_or_else(String::new, |at| format!("level {at}")));
+    async fn level(&self, repeat: u32, seed: u64, level: &Level) -> Result<Scenario> {
+        let spec = self.spec;
+        self.begin(&level.level.map_or_else(String::new, |at| format!("at {at}")), level.asked_rps);
         let before = self.predictions().await;
         let watching = self.watch(spec);
         let sampler = Sampler::start(self.ground.components.clone(), SAMPLE)?;
@@ -316,10 +311,10 @@ impl Driver<'_> {
                 None
             }
         });
-        let ideal = trace::ideal_hits(level.plan.requests.iter(), self.common.fleet.block_size);
+        let ideal = hits::ideal_hits(level.plan.requests.iter(), self.common.fleet.block_size);
         let options = MeasureOptions {
             name: spec.name.clone(),
-            policy: self.policy_name(policy),
+            policy: self.policy_name(),
             repeat,
             level: level.level,
             workload: spec.workload.to_string(),
@@ -344,11 +339,14 @@ impl Driver<'_> {
 
     /// What the endpoint picker counts of its own predictions.
     async fn predictions(&self) -> Option<Predictions> {
-        self.ground.stack.as_ref()?.predictions().await
+        self.ground.stack.as_ref()?.scrape_predictions().await.ok().flatten()
     }
 
-    fn policy_name(&self, policy: &Policy) -> String {
-        if self.common.elsewhere.is_some() { "gateway".to_owned() } else { policy.to_string() }
+    fn policy_name(&self) -> String {
+        match self.common.elsewhere {
+            Some(_) => "gateway".to_owned(),
+            None => self.policy.to_string(),
+        }
     }
 
     fn gateway(&self) -> String {

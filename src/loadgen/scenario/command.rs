@@ -296,7 +296,7 @@ impl Shared {
             Some(_) => vec![Policy::Constant],
             None => policies(&self.policies)?,
         };
-        let envoy = self.envoy.as_deref().map(envoy::find).transpose()?;
+        let envoy = self.envoy.as_deref().map(|given| envoy::find(Some(given))).transpose()?;
         let spec = Spec {
             name: name.to_owned(),
             workload: self.workload,
@@ -313,7 +313,6 @@ impl Shared {
             elsewhere,
             fleet: self.fleet.options(&self.model),
             envoy,
-            program: None,
             model: self.model,
             form: self.form,
             seed: self.seed,
@@ -323,7 +322,7 @@ impl Shared {
             probes_per_s: self.probes,
             delayed: self.delayed_probes,
             objectives: self.slo,
-            display: progress::Options { quiet: self.quiet, ..progress::Options::default() },
+            display: display(self.quiet),
         };
         Ok(Asked { spec, common, outputs: self.outputs, strict: self.strict })
     }
@@ -353,6 +352,12 @@ impl Shared {
         }
         Ok(Some(Elsewhere { url, indexer: self.indexer, components }))
     }
+}
+
+/// Live numbers, unless they are not wanted.
+pub(super) fn display(quiet: bool) -> progress::Options {
+    let shown = if quiet { progress::Shown::Quiet } else { progress::Shown::Auto };
+    progress::Options { shown, ..progress::Options::default() }
 }
 
 /// Policies from a list with semicolons or commas; `all` are the five.

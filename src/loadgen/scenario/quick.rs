@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::{Common, Load, Outputs, Spec, command};
 use crate::loadgen::{
-    capacity, progress,
+    capacity,
     stack::{FleetOptions, Policy, envoy},
     workload::BodyForm,
 };
@@ -78,8 +78,7 @@ impl Quick {
                 pace: capacity::pace(TOKEN_SCALE, SPEED),
                 ..FleetOptions::default()
             },
-            envoy: self.envoy.as_deref().map(envoy::find).transpose()?,
-            program: None,
+            envoy: self.envoy.as_deref().map(|given| envoy::find(Some(given))).transpose()?,
             model: "mock".to_owned(),
             form: BodyForm::Ids,
             seed: self.seed,
@@ -89,7 +88,7 @@ impl Quick {
             probes_per_s: 50.0,
             delayed: false,
             objectives: Some("ttft=100ms".parse().map_err(anyhow::Error::msg)?),
-            display: progress::Options { quiet: self.quiet, ..progress::Options::default() },
+            display: command::display(self.quiet),
         };
         let specs = specs(self.repeats)?;
         Ok(Asked { specs, common, outputs: self.outputs, strict: self.strict })
