@@ -35,7 +35,7 @@ use super::{
     progress,
     report::{self, Report},
     resources::Component,
-    stack::{FleetOptions, Policy},
+    stack::{FleetOptions, Launch, Policy},
     workload::{Arrivals, BodyForm, Planned, Workload},
 };
 
@@ -93,6 +93,8 @@ pub struct Common {
     pub elsewhere: Option<Elsewhere>,
     /// The engines that we start.
     pub fleet: FleetOptions,
+    /// How they are started.
+    pub launch: Launch,
     /// Envoy's binary; `None` = we play its part.
     pub envoy: Option<PathBuf>,
     /// Served model name.

@@ -18,7 +18,7 @@ use crate::loadgen::{
     progress::{Arm, Display, Progress},
     report::Scenario,
     resources::{Component, Sampler, Watched as Source},
-    stack::{EngineAddress, Policy, Stack, StackOptions},
+    stack::{EngineAddress, Policy, Predictions, Stack, StackOptions},
     workload::{Plan, hits},
 };
 
@@ -71,7 +71,7 @@ impl Ground {
             want_hits: true,
             indexer: spec.storm.is_some() && *policy == Policy::Precise,
         };
-        let stack = Stack::start(options).await?;
+        let stack = Stack::start_with(options, &common.launch).await?;
         let mut components = stack.components();
         components.push(ourselves);
         Ok(Self {
@@ -329,7 +329,7 @@ impl Driver<'_> {
         };
         let mut scenario = measure::scenario(&driven, &level.plan, &options);
         if let (Some(before), Some(after)) = (before, after) {
-            after.since(&before).complete(&mut scenario);
+            add_predictions(&mut scenario, &before, &after);
         }
         scenario.gateway = self.gateway();
         scenario.valid &= doubts.is_empty();
@@ -407,4 +407,23 @@ fn seen_from(mut watched: Watched, origin: Instant, started: Instant) -> Watched
         (*begin, *end) = (*begin - shift, *end - shift);
     }
     watched
+}
+
+/// Adds what the endpoint picker counted between the two: its regret, and its promises where they do
+/// not come with each answer.
+fn add_predictions(scenario: &mut Scenario, before: &Predictions, after: &Predictions) {
+    let compared = after.compared().saturating_sub(before.compared());
+    let Some(hits) = scenario.hits.as_mut().filter(|_| compared > 0) else { return };
+    let tokens = |before: f64, after: f64| (after - before).max(0.0).round() as u64;
+    hits.regret_tokens = Some(tokens(before.regret_tokens, after.regret_tokens));
+    if hits.predicted_tokens.is_some() {
+        return;
+    }
+    hits.predicted_tokens = Some(tokens(before.predicted_tokens, after.predicted_tokens));
+    let difference = after.difference_tokens - before.difference_tokens;
+    hits.mean_abs_error_tokens = Some(difference.max(0.0) / compared as f64);
+    hits.over = after.over.saturating_sub(before.over);
+    hits.under = after.under.saturating_sub(before.under);
+    hits.exact = after.exact.saturating_sub(before.exact);
+    hits.source = "the endpoint picker's metrics".to_owned();
 }

@@ -1,6 +1,6 @@
 //! `loadgen steady`, `throughput`, `sweep` and `trace run`: their flags.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::{Path, PathBuf}, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -14,7 +14,7 @@ use crate::{
         measure::Objectives,
         progress,
         resources::{Component, Watched},
-        stack::{FleetOptions, Policy, envoy},
+        stack::{FleetOptions, FleetPorts, Launch, Policy, envoy},
         workload::{Arrivals, BodyForm, Workload},
     },
     support::units,
@@ -174,12 +174,39 @@ pub struct FleetFlags {
     /// long as all of them there.
     #[arg(long, value_name = "FACTOR", default_value_t = 0.1)]
     token_scale: f64,
+    /// Where the engines listen: engine n at the port plus n; 0 = free ports. For endpoint pickers of
+    /// somebody else's, which have to know.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    fleet_http: SocketAddr,
+    /// Where they publish, likewise.
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    fleet_events: u16,
+    /// Where they answer replays, likewise.
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    fleet_replay: u16,
+    /// Time between two scrapes of an engine's metrics by epp, for all policies.
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = units::duration)]
+    scrape_interval: Duration,
     /// Answer as fast as possible.
     #[arg(long, conflicts_with_all = ["speed", "token_scale"])]
     instant: bool,
 }
 
 impl FleetFlags {
+    /// How the engines, and what belongs to them, are started.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        Launch {
+            ports: FleetPorts {
+                http: self.fleet_http,
+                events: self.fleet_events,
+                replay: self.fleet_replay,
+            },
+            scrape_interval: self.scrape_interval,
+            ..Launch::default()
+        }
+    }
+
     /// As options.
     #[must_use]
     pub fn options(&self, model: &str) -> FleetOptions {
@@ -296,7 +323,7 @@ impl Shared {
             Some(_) => vec![Policy::Constant],
             None => policies(&self.policies)?,
         };
-        let envoy = self.envoy.as_deref().map(|given| envoy::find(Some(given))).transpose()?;
+        let envoy = self.envoy.as_deref().map(find_envoy).transpose()?;
         let spec = Spec {
             name: name.to_owned(),
             workload: self.workload,
@@ -312,6 +339,7 @@ impl Shared {
         let common = Common {
             elsewhere,
             fleet: self.fleet.options(&self.model),
+            launch: self.fleet.launch(),
             envoy,
             model: self.model,
             form: self.form,
@@ -352,6 +380,11 @@ impl Shared {
         }
         Ok(Some(Elsewhere { url, indexer: self.indexer, components }))
     }
+}
+
+/// Envoy at the given path; a bare `envoy` is looked for on `PATH`.
+pub(super) fn find_envoy(given: &Path) -> Result<PathBuf> {
+    envoy::find(Some(given).filter(|given| given.as_os_str() != "envoy"))
 }
 
 /// Live numbers, unless they are not wanted.

@@ -9,7 +9,7 @@ use clap::Args;
 use super::{Common, Load, Outputs, Spec, command};
 use crate::loadgen::{
     capacity,
-    stack::{FleetOptions, Policy, envoy},
+    stack::{FleetOptions, Launch, Policy},
     workload::BodyForm,
 };
 
@@ -78,7 +78,8 @@ impl Quick {
                 pace: capacity::pace(TOKEN_SCALE, SPEED),
                 ..FleetOptions::default()
             },
-            envoy: self.envoy.as_deref().map(|given| envoy::find(Some(given))).transpose()?,
+            launch: Launch::default(),
+            envoy: self.envoy.as_deref().map(command::find_envoy).transpose()?,
             model: "mock".to_owned(),
             form: BodyForm::Ids,
             seed: self.seed,
