@@ -230,7 +230,7 @@ impl FromStr for Arrivals {
             None => (text, None),
         };
         let mut fields = Fields::read(base)?;
-        let mut rate = |fields: &mut Fields<'_>| match fields.with("", number(0.0, MAX_RATE))? {
+        let rate = |fields: &mut Fields<'_>| match fields.with("", number(0.0, MAX_RATE))? {
             Some(rate) => Ok(rate),
             None => fields.need("rate", number(0.0, MAX_RATE)),
         };
