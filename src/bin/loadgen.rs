@@ -22,6 +22,7 @@ use kv_indexer::{
         ext_proc::{self, ExtProcOptions},
         null_pod,
         play::{self, PlayOptions},
+        workload::trace::command::{self as trace, TraceCommand},
     },
     support::signal::cancel_on_terminate,
 };
@@ -51,6 +52,9 @@ enum Command {
     Null(NullArguments),
     /// Runs a mock inference engine until SIGINT or SIGTERM.
     Engine(EngineArguments),
+    /// Recorded traffic: makes traces, and says what is in them.
+    #[command(subcommand)]
+    Trace(TraceCommand),
 }
 
 #[derive(Debug, clap::Args)]
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         Some(Command::ExtProc(options)) => drive(&options),
         Some(Command::Null(arguments)) => null(&arguments),
         Some(Command::Engine(arguments)) => engine(arguments),
+        Some(Command::Trace(command)) => trace::run(&command, &mut io::stdout()),
         None => show(arguments.indexer),
     };
     match outcome {

@@ -7,18 +7,23 @@
 //! | [`groups`] | who shares what: groups, turns, popularity; the losing workloads |
 //! | [`trace`] | recorded traffic: Mooncake and Azure files, a generator, theoretical hit rates |
 //! | [`body`] | a prompt as the body of a request: token ids, text, or a chat |
+//! | [`hits`] | what a cache could reuse at best |
+//! | `random`, `text` | draws and seeds; the text form of all this |
 //!
 //! # Model
 //!
 //! A prompt is a list of [`Part`]s. A part's tokens are a function of its seed and its length, and of
 //! nothing else, so two prompts that begin with the same parts begin with the same tokens, a plan of a
 //! million requests is small, and what could be reused at best is known before anything is sent.
-//! Everything here is pure: equal seeds give equal plans.
+//! Everything here is pure, but for the reading of files: equal seeds give equal plans.
 
 pub mod arrivals;
 pub mod body;
 pub mod groups;
+pub mod hits;
 pub mod lengths;
+mod random;
+mod text;
 pub mod trace;
 
 use std::{sync::Arc, time::Duration};
@@ -27,6 +32,7 @@ pub use self::{
     arrivals::{Arrival, Arrivals},
     body::{BodyForm, BodyWriter},
     groups::Workload,
+    hits::{IdealHits, ideal_hits},
     lengths::Lengths,
 };
 
@@ -89,21 +95,80 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Gives the requests these arrivals, one after the other; the shorter of both ends it. Turns of a
-    /// conversation whose first turn is there keep coming by `after`.
+    /// Gives the requests these arrivals, one after the other; the shorter of both ends it. Later turns
+    /// of a conversation take none: they come by [`Planned::after`], and only if their first turn does.
     #[must_use]
-    pub fn open(mut requests: Vec<Planned>, arrivals: &[Arrival]) -> Self {
-        requests.truncate(arrivals.len());
-        for (request, arrival) in requests.iter_mut().zip(arrivals) {
-            request.at = Some(arrival.at);
-            request.burst = arrival.burst;
+    pub fn open(requests: Vec<Planned>, arrivals: &[Arrival]) -> Self {
+        let mut arrivals = arrivals.iter();
+        // Where in the plan each request is.
+        let mut places: Vec<Option<u32>> = Vec::with_capacity(requests.len());
+        let mut planned: Vec<Planned> = Vec::with_capacity(requests.len());
+        for mut request in requests {
+            let before = request.after.and_then(|after| {
+                let place = places.get(after.request as usize).copied().flatten()?;
+                Some(After { request: place, ..after })
+            });
+            let comes = match (request.after, before, arrivals.as_slice().first()) {
+                (Some(_), Some(after), _) => {
+                    request.after = Some(after);
+                    true
+                }
+                (None, _, Some(arrival)) => {
+                    arrivals.next();
+                    (request.at, request.burst) = (Some(arrival.at), arrival.burst);
+                    true
+                }
+                _ => false,
+            };
+            places.push(comes.then(|| u32::try_from(planned.len()).unwrap_or(u32::MAX)));
+            if comes {
+                planned.push(request);
+            }
         }
-        Self { requests: requests.into() }
+        Self { requests: planned.into() }
     }
 
     /// Without arrivals: for closed loops.
     #[must_use]
     pub fn closed(requests: Vec<Planned>) -> Self {
         Self { requests: requests.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_turns_come_by_the_turn_before_them() {
+        let chat: Workload = "chat:sessions=2,turns=3,think=1s".parse().unwrap();
+        let arrivals: Vec<Arrival> =
+            (1..=3).map(|n| Arrival { at: Duration::from_secs(n), burst: None }).collect();
+        let plan = Plan::open(chat.requests(1, 12), &arrivals);
+        let times: Vec<_> = plan.requests.iter().map(|it| it.at.map(|at| at.as_secs())).collect();
+        // The fourth conversation has no arrival; the third one's turns close ranks.
+        let [some, none] = [Some, |_| None];
+        assert_eq!(
+            times,
+            [some(1), some(2), none(0), none(0), none(0), none(0), some(3), none(0), none(0)]
+        );
+        let after: Vec<_> = plan.requests.iter().map(|it| it.after.map(|it| it.request)).collect();
+        assert_eq!(
+            after,
+            [None, None, Some(0), Some(1), Some(2), Some(3), None, Some(6), Some(7)]
+        );
+    }
+
+    #[test]
+    fn the_shorter_of_requests_and_arrivals_ends_a_plan() {
+        let unique: Workload = "unique:prompt=5,output=1".parse().unwrap();
+        let arrivals = [Duration::ZERO, Duration::from_secs(1)]
+            .map(|at| Arrival { at, burst: Some(3) });
+        let plan = Plan::open(unique.requests(1, 5), &arrivals);
+        assert_eq!(plan.requests.len(), 2);
+        assert_eq!(plan.requests[1].at, Some(Duration::from_secs(1)));
+        assert_eq!(plan.requests[1].burst, Some(3));
+        assert_eq!(Plan::open(unique.requests(1, 1), &arrivals).requests.len(), 1);
+        assert!(Plan::open(unique.requests(1, 1), &[]).requests.is_empty());
     }
 }
