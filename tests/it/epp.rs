@@ -8,4 +8,4 @@ mod process;
 mod proxy;
 mod raw;
 mod resilience;
-mod rig;
+pub(crate) mod rig;

@@ -164,7 +164,7 @@ fn listener(page: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(address["address"].as_str()?.parse().ok()?, port))
 }
 
-fn envoy_binary() -> PathBuf {
+pub(crate) fn envoy_binary() -> PathBuf {
     let named = std::env::var_os(ENVOY_VARIABLE).map(PathBuf::from);
     // Where `tests/run` puts it, for a plain `cargo test` after it.
     let installed = Path::new(env!("CARGO_BIN_EXE_epp"))
