@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use anyhow::Result;
@@ -221,7 +222,9 @@ fn null(arguments: &NullArguments, stop: CancellationToken) -> Result<()> {
         health.set_synced(true);
         health.set_plugins_ready(true);
         let service = Services::new(null, GrpcOptions::default(), Some(health));
-        let (options, counters) = (ServerOptions::default(), ConnectionMetrics::default());
+        // Nobody minds if an exchange with a yardstick ends early.
+        let options = ServerOptions { drain: Duration::from_secs(1), ..ServerOptions::default() };
+        let counters = ConnectionMetrics::default();
         let (served, ran) = tokio::join!(
             null_pod::serve(pod, stop.clone()),
             server::serve(ext_proc, options, service, counters, stop.clone()),

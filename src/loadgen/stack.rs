@@ -447,12 +447,12 @@ async fn picker(
     let ext_proc = child.announced("ext_proc listening on ", launch.patience).await?;
     let metrics = child.announced("metrics listening on ", launch.patience).await?;
     let deadline = Instant::now() + launch.patience;
+    let asks = usize::from(options.policy == Policy::Precise);
     loop {
-        let seen = match page(metrics, "/metrics").await {
-            Ok(page) => sum_of(&page, "llm_d_epp_ready_endpoints", "") as usize,
-            Err(_) => 0,
-        };
-        if seen == engines.len() {
+        let page = page(metrics, "/metrics").await.unwrap_or_default();
+        let seen = sum_of(&page, "llm_d_epp_ready_endpoints", "") as usize;
+        let connected = sum_of(&page, "epp_indexer_connected", "") as usize;
+        if (seen, connected) == (engines.len(), asks) {
             let pid = Some(child.pid());
             return Ok(Picker { ext_proc, metrics: Some(metrics), pid, child: Some(child) });
         }
@@ -460,7 +460,11 @@ async fn picker(
             bail!(fault);
         }
         if Instant::now() >= deadline {
-            bail!("epp knows {seen} of {} engines{}", engines.len(), child.quote());
+            bail!(
+                "epp knows {seen} of {} engines, {connected} of {asks} indexers{}",
+                engines.len(),
+                child.quote()
+            );
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -472,20 +476,32 @@ async fn page(address: SocketAddr, path: &str) -> Result<String> {
     tokio::task::spawn_blocking(move || read_page(address, &path)).await?
 }
 
-/// A connection for each page, and HTTP/1.0, so that the body ends with the connection and has no
-/// chunks: pages are read a few times in a run.
+/// A connection for each page: they are read a few times in a run.
 fn read_page(address: SocketAddr, path: &str) -> Result<String> {
     const PATIENCE: Duration = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n")?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
     let mut bytes = Vec::new();
     stream.take(PAGE_BYTES).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);
     let (head, body) = text.split_once("\r\n\r\n").context("no HTTP response")?;
     let status = head.lines().next().unwrap_or_default();
     ensure!(status.split(' ').nth(1) == Some("200"), "{status}");
-    Ok(body.to_owned())
+    let chunked = head.to_ascii_lowercase().contains("\r\ntransfer-encoding: chunked");
+    Ok(if chunked { unchunked(body) } else { body.to_owned() })
+}
+
+/// A body without the sizes of its chunks, up to what does not look like one.
+fn unchunked(mut body: &str) -> String {
+    let mut whole = String::new();
+    while let Some((size, rest)) = body.split_once("\r\n") {
+        let size = usize::from_str_radix(size.trim(), 16).unwrap_or(0);
+        let Some((chunk, rest)) = rest.split_at_checked(size).filter(|_| size > 0) else { break };
+        whole.push_str(chunk);
+        body = rest.strip_prefix("\r\n").unwrap_or(rest);
+    }
+    whole
 }
 
 /// The sum of the series of `name` whose labels contain `labels`; 0 if there is none.
@@ -500,6 +516,13 @@ fn sum_of(page: &str, name: &str, labels: &str) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chunks_are_joined() {
+        assert_eq!(unchunked("3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"), "abcde");
+        assert_eq!(unchunked("9\r\nabc"), "");
+        assert_eq!(unchunked("x"), "");
+    }
 
     #[test]
     fn predictions_are_read_from_the_page() {

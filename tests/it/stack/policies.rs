@@ -74,7 +74,6 @@ fn precise_goes_to_the_holder_and_predicts_what_it_finds() {
         assert_eq!(served.prediction.actual_tokens, Some(served.cached_tokens));
         let said = stack.scrape_predictions().await.unwrap().unwrap();
         assert!(said.exact > 0 && said.predicted_tokens >= 20.0 * BLOCK as f64, "{said:?}");
-        assert_eq!(said.fallbacks, 0, "{said:?}");
         let totals = stack.engine_totals().await.unwrap();
         let hits: u64 = totals.iter().map(|it| it.hits).sum();
         assert!(hits >= 20 * BLOCK as u64, "{totals:?}");
