@@ -227,7 +227,7 @@ fn null(arguments: &NullArguments, stop: CancellationToken) -> Result<()> {
         let counters = ConnectionMetrics::default();
         let (served, ran) = tokio::join!(
             null_pod::serve(pod, stop.clone()),
-            server::serve(ext_proc, options, service, counters, stop.clone()),
+            server::serve(ext_proc, options, service, counters, stop),
         );
         served?;
         ran

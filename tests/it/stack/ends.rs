@@ -14,7 +14,7 @@ use kv_indexer::loadgen::{
 };
 
 use super::rig::{Client, launch, options, prompt, runs, start};
-use crate::support::{Program, eventually, patience, runtime};
+use crate::support::{Program, eventually, http, patience, runtime};
 
 fn pids(stack: &Stack) -> Vec<u32> {
     let sources = stack.components().into_iter().flat_map(|component| component.sources);
@@ -151,4 +151,26 @@ fn a_fresh_stack_knows_nothing_of_the_last_one() {
             stack.stop().await;
         }
     });
+}
+
+#[test]
+fn a_fleet_says_where_each_engine_is_and_serves_until_a_signal() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_loadgen"));
+    command.args(["fleet", "--engines=2", "--time-scale=0", "--listen=127.0.0.1:0"]);
+    let fleet = Program::start("fleet", command);
+    let lines = eventually("both lines", || {
+        let log = fleet.log();
+        let lines: Vec<_> = log.lines().map(str::to_owned).collect();
+        if lines.len() == 2 { Ok(lines) } else { Err(log) }
+    });
+    assert_ne!(lines[0], lines[1]);
+    for line in &lines {
+        let words: Vec<_> = line.split(' ').collect();
+        let [url, "events", events, "replay", replay] = words[..] else { panic!("{line}") };
+        assert!(events.starts_with("tcp://127.0.0.1:") && replay.starts_with("tcp://127.0.0.1:"));
+        let address = url.strip_prefix("http://").unwrap().parse().unwrap();
+        let reply = http::get(address, "/v1/models");
+        assert_eq!(reply.json()["data"][0]["id"], "mock");
+    }
+    fleet.finish();
 }

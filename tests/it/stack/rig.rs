@@ -101,7 +101,7 @@ impl Client {
             let cached_tokens = cached_tokens(&reply);
             return Served { pod: None, cached_tokens, prediction: Prediction::default() };
         };
-        let mut routed = picker.pick(COMPLETIONS, &id, &[body.clone()]).await.unwrap();
+        let mut routed = picker.pick(COMPLETIONS, &id, std::slice::from_ref(&body)).await.unwrap();
         let pod = routed.pod;
         let reply = post(pod, body).await;
         routed.headers(reply.status, "text/event-stream");
