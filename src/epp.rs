@@ -10,6 +10,7 @@
 //! | [`plugins`] | the plugins, one a file, and their registry |
 //! | [`datalayer`] | the endpoints and what is known of their load |
 //! | [`args`] | the command line, in the Go EPP's spellings |
+//! | [`command`] | the program, from the command line to the exit status |
 //! | [`config`] | `EndpointPickerConfig` → plugins and profiles |
 //! | [`metrics`] | what is counted, under the names of the Go EPP |
 //! | [`server`] | the listeners: gRPC over HTTP/2, TLS, health, operators' pages |
@@ -18,6 +19,7 @@
 //! `datalayer`.
 
 pub mod args;
+pub mod command;
 pub mod config;
 pub mod datalayer;
 pub mod director;

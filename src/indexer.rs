@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod args;
+pub mod command;
 pub mod config;
 mod error;
 pub mod explain;

@@ -1,84 +1,9 @@
 //! `epp`: the endpoint picker, an Envoy `ext_proc` server.
 
-use std::{io::Write as _, process::ExitCode};
+use std::process::ExitCode;
 
-use kv_indexer::{
-    epp::{
-        args::{Args, EX_USAGE, Start},
-        config::{Loaded, Parts},
-        plugins,
-        run::{self, Addresses, Ground},
-    },
-    support::{signal, telemetry},
-};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
-    let args = match Args::from_command_line(std::env::args_os()) {
-        Ok(args) => args,
-        Err(status) => return ExitCode::from(status),
-    };
-    match start(&args) {
-        Ok(status) => status,
-        Err(error) => {
-            // Before there is a log.
-            writeln!(std::io::stderr(), "epp: {error:#}").unwrap_or_default();
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn start(args: &Args) -> anyhow::Result<ExitCode> {
-    let ground = Ground::new()?;
-    let types = plugins::types();
-    let parts = Parts {
-        types: &types,
-        endpoints: &ground.endpoints,
-        metrics: &ground.registry,
-        allow_experimental: false,
-        defaults: &[],
-    };
-    let loaded = match args.start(&parts, &mut std::io::stdout(), &mut std::io::stderr()) {
-        Start::Exit(status) => return Ok(ExitCode::from(status)),
-        Start::Run(loaded) => *loaded,
-    };
-    if let Err(error) = telemetry::init(args.log_format(), &args.log_level()) {
-        writeln!(std::io::stderr(), "epp: {error:#}").unwrap_or_default();
-        return Ok(ExitCode::from(EX_USAGE));
-    }
-    Ok(match run(args, loaded, ground) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "Exiting on a fault.");
-            ExitCode::FAILURE
-        }
-    })
-}
-
-fn run(args: &Args, loaded: Loaded, ground: Ground) -> anyhow::Result<()> {
-    // Streams have threads of their own; what is left is little.
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    runtime.block_on(async {
-        let requested = CancellationToken::new();
-        let signals = signal::cancel_on_terminate(requested.clone())?;
-        let ended = run::run(args, loaded, ground, requested, announce).await;
-        drop(signals);
-        ended
-    })
-}
-
-/// Tells on standard output where we listen, one line each, for whoever let the kernel choose.
-fn announce(addresses: Addresses) {
-    let mut out = std::io::stdout();
-    let said = writeln!(out, "ext_proc listening on {}", addresses.ext_proc)
-        .and_then(|()| writeln!(out, "health listening on {}", addresses.health))
-        .and_then(|()| writeln!(out, "metrics listening on {}", addresses.metrics))
-        .and_then(|()| match addresses.debug {
-            Some(debug) => writeln!(out, "debug listening on {debug}"),
-            None => Ok(()),
-        })
-        .and_then(|()| out.flush());
-    // Nobody has to read it.
-    said.unwrap_or_default();
+    kv_indexer::epp::command::main(std::env::args_os(), CancellationToken::new())
 }

@@ -2,6 +2,7 @@
 //! demo of the indexer.
 
 use std::{
+    ffi::OsString,
     io::{self, Write as _},
     net::{Ipv4Addr, SocketAddr},
     process::ExitCode,
@@ -9,12 +10,19 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use kv_indexer::{
-    epp::server::{self, ConnectionMetrics, GrpcOptions, ServerOptions, Services, null::Null},
+    epp::{
+        self,
+        server::{
+            self, ConnectionMetrics, GrpcOptions, ServerOptions, Services, health::Health,
+            null::Null,
+        },
+    },
     indexer::{self, IndexerConfig},
     loadgen::{
         demo::{self, DemoOptions},
@@ -23,6 +31,10 @@ use kv_indexer::{
         null_pod,
         play::{self, PlayOptions},
         workload::trace::command::{self as trace, TraceCommand},
+        stack::{
+            fleet::{self, FleetArguments},
+            guard,
+        },
     },
     support::signal::cancel_on_terminate,
 };
@@ -55,6 +67,29 @@ enum Command {
     /// Recorded traffic: makes traces, and says what is in them.
     #[command(subcommand)]
     Trace(TraceCommand),
+    /// Runs several mock inference engines until SIGINT or SIGTERM, and prints where each one is.
+    Fleet(FleetArguments),
+    /// Runs a part of a stack, which ends with its parent: when standard input ends.
+    #[command(hide = true)]
+    Component(ComponentArguments),
+}
+
+/// The programs of a stack: those of this crate, and any other one.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Part {
+    Epp,
+    KvIndexer,
+    Fleet,
+    Null,
+    Guard,
+}
+
+#[derive(Debug, clap::Args)]
+struct ComponentArguments {
+    part: Part,
+    /// Its command line.
+    #[arg(last = true)]
+    line: Vec<OsString>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -62,21 +97,32 @@ struct NullArguments {
     /// Where the pod listens.
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
     pod: SocketAddr,
-    /// Where the ext_proc server listens; it sends every request to the pod.
+    /// Where the ext_proc server listens; it sends every request to the pod, or to the destinations.
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
     ext_proc: SocketAddr,
+    /// Another pod, in place of the one above; may be repeated, and they are named in turn.
+    #[arg(long, value_name = "IP:PORT")]
+    destination: Vec<SocketAddr>,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    let stop = CancellationToken::new();
     let outcome = match arguments.command {
         Some(Command::Replay(options)) => replay(options),
         Some(Command::ExtProc(options)) => drive(&options),
-        Some(Command::Null(arguments)) => null(&arguments),
+        Some(Command::Null(arguments)) => null(&arguments, stop),
         Some(Command::Engine(arguments)) => engine(arguments),
         Some(Command::Trace(command)) => trace::run(&command, &mut io::stdout()),
+        Some(Command::Fleet(arguments)) => run_fleet(arguments, stop),
+        Some(Command::Component(arguments)) => return component(arguments, stop),
         None => show(arguments.indexer),
     };
+    end(outcome)
+}
+
+/// The status of a command that ended, and what went wrong on standard error.
+fn end(outcome: Result<()>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -116,12 +162,54 @@ fn drive(options: &ExtProcOptions) -> Result<()> {
     runtime.block_on(ext_proc::run(options, &mut io::stdout()))
 }
 
+/// Runs a part of a stack until its parent is gone.
+fn component(arguments: ComponentArguments, stop: CancellationToken) -> ExitCode {
+    let ComponentArguments { part, line } = arguments;
+    if let Err(error) = guard::stop_with_parent(stop.clone()) {
+        return end(Err(error.into()));
+    }
+    let named = |names: &[&str]| {
+        let names: Vec<OsString> = names.iter().map(OsString::from).collect();
+        names.into_iter().chain(line.clone())
+    };
+    match part {
+        Part::Epp => epp::command::main(named(&["epp"]), stop),
+        Part::KvIndexer => indexer::command::main(named(&["kv-indexer"]), stop),
+        Part::Guard => end(run_guard(line, stop)),
+        Part::Fleet => match Arguments::parse_from(named(&["loadgen", "fleet"])).command {
+            Some(Command::Fleet(arguments)) => end(run_fleet(arguments, stop)),
+            _ => ExitCode::FAILURE,
+        },
+        Part::Null => match Arguments::parse_from(named(&["loadgen", "null"])).command {
+            Some(Command::Null(arguments)) => end(null(&arguments, stop)),
+            _ => ExitCode::FAILURE,
+        },
+    }
+}
+
+/// Runs another program until its parent's parent is gone.
+fn run_guard(line: Vec<OsString>, stop: CancellationToken) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let _signals = cancel_on_terminate(stop.clone())?;
+        guard::run(line, stop, &mut io::stdout()).await
+    })
+}
+
+/// Runs engines until a signal.
+fn run_fleet(arguments: FleetArguments, stop: CancellationToken) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let _signals = cancel_on_terminate(stop.clone())?;
+        fleet::run(arguments, stop, &mut io::stdout()).await
+    })
+}
+
 /// Runs the yardsticks until a signal.
-fn null(arguments: &NullArguments) -> Result<()> {
+fn null(arguments: &NullArguments, stop: CancellationToken) -> Result<()> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
-        let stop = CancellationToken::new();
         let _signals = cancel_on_terminate(stop.clone())?;
         let pod = TcpListener::bind(arguments.pod).await?;
         let ext_proc = TcpListener::bind(arguments.ext_proc).await?;
@@ -130,12 +218,21 @@ fn null(arguments: &NullArguments) -> Result<()> {
         writeln!(out, "pod listening on {destination}")?;
         writeln!(out, "ext_proc listening on {}", ext_proc.local_addr()?)?;
         out.flush()?;
-        let service =
-            Services::new(Null::new(destination.to_string()), GrpcOptions::default(), None);
-        let (options, counters) = (ServerOptions::default(), ConnectionMetrics::default());
+        let destinations = match arguments.destination.as_slice() {
+            [] => &[destination],
+            given => given,
+        };
+        let null = Null::in_turn(destinations.iter().map(|it| it.to_string().into()));
+        let health = Health::new();
+        health.set_synced(true);
+        health.set_plugins_ready(true);
+        let service = Services::new(null, GrpcOptions::default(), Some(health));
+        // Nobody minds if an exchange with a yardstick ends early.
+        let options = ServerOptions { drain: Duration::from_secs(1), ..ServerOptions::default() };
+        let counters = ConnectionMetrics::default();
         let (served, ran) = tokio::join!(
             null_pod::serve(pod, stop.clone()),
-            server::serve(ext_proc, options, service, counters, stop.clone()),
+            server::serve(ext_proc, options, service, counters, stop),
         );
         served?;
         ran

@@ -14,7 +14,8 @@
 //! stream slot keeps a histogram of its own; they are merged at the end. CPU and memory of the server
 //! come from `/proc` by `--pid`, from the end of the warm-up to the end of the run.
 
-mod session;
+pub(super) mod messages;
+pub(super) mod session;
 mod traffic;
 
 use std::{

@@ -20,6 +20,7 @@ mod precise_embedded;
 mod precise_remote;
 mod replay_tool;
 mod service;
+mod stack;
 mod streams;
 mod support;
 mod tokenize;

@@ -1,12 +1,17 @@
 //! An `ext_proc` service that decides nothing: the yardstick.
 //!
-//! It answers request headers at once with a fixed destination, and every body message with the same
-//! bytes in pieces as large as Envoy takes, so that its cost is that of the transport, the encoding
-//! and nothing else. What the endpoint picker costs beyond it is the endpoint picker's own.
+//! It answers request headers at once with the next one of fixed destinations, and every body message
+//! with the same bytes in pieces as large as Envoy takes, or with "unchanged" where Envoy keeps the
+//! body, so that its cost is that of the transport, the encoding and nothing else. What the endpoint
+//! picker costs beyond it is the endpoint picker's own.
 
 use std::{
     collections::VecDeque,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -17,26 +22,40 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     epp::ext_proc::headers::DESTINATION,
     proto::ext_proc::{
-        BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeaderValue, HeaderValueOption,
-        HeadersResponse, HttpBody, ProcessingRequest, ProcessingResponse, StreamedBodyResponse,
-        TrailersResponse, body_mutation::Mutation, external_processor_server::ExternalProcessor,
-        processing_request::Request as Part, processing_response::Response as Reply,
+        BodyMutation, BodyResponse, BodySendMode, CommonResponse, HeaderMutation, HeaderValue,
+        HeaderValueOption, HeadersResponse, HttpBody, ProcessingRequest, ProcessingResponse,
+        ProtocolConfiguration, StreamedBodyResponse, TrailersResponse, body_mutation::Mutation,
+        external_processor_server::ExternalProcessor, processing_request::Request as Part,
+        processing_response::Response as Reply,
     },
 };
 
 /// Bytes of a body in one reply; Envoy's limit is 64 KiB for the whole message.
 const BODY_LIMIT: usize = 62_000;
 
-/// Sends everything to one destination.
+/// Sends requests to its destinations in turn. Clones share the turn.
 #[derive(Clone, Debug)]
 pub struct Null {
-    destination: Bytes,
+    destinations: Arc<[Bytes]>,
+    next: Arc<AtomicUsize>,
 }
 
 impl Null {
     /// Sends everything to `destination`, an `ip:port`.
     pub fn new(destination: impl Into<Bytes>) -> Self {
-        Self { destination: destination.into() }
+        Self::in_turn([destination.into()])
+    }
+
+    /// Sends each request to the next one of `destinations`, `ip:port` each. Without any, requests are
+    /// let through without a destination.
+    pub fn in_turn(destinations: impl IntoIterator<Item = Bytes>) -> Self {
+        Self { destinations: destinations.into_iter().collect(), next: Arc::default() }
+    }
+
+    fn destination(&self) -> Option<Bytes> {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        let at = turn.checked_rem(self.destinations.len())?;
+        self.destinations.get(at).cloned()
     }
 }
 
@@ -48,9 +67,12 @@ impl ExternalProcessor for Null {
         &self,
         request: Request<Streaming<ProcessingRequest>>,
     ) -> Result<Response<Replies>, Status> {
-        let destination = self.destination.clone();
         let messages = request.into_inner();
-        Ok(Response::new(Replies { messages, destination, pending: VecDeque::new() }))
+        let modes = ProtocolConfiguration {
+            request_body_mode: BodySendMode::FullDuplexStreamed.into(),
+            response_body_mode: BodySendMode::FullDuplexStreamed.into(),
+        };
+        Ok(Response::new(Replies { messages, null: self.clone(), modes, pending: VecDeque::new() }))
     }
 }
 
@@ -58,7 +80,9 @@ impl ExternalProcessor for Null {
 #[derive(Debug)]
 pub struct Replies {
     messages: Streaming<ProcessingRequest>,
-    destination: Bytes,
+    null: Null,
+    /// How Envoy sends bodies; duplex unless it says otherwise.
+    modes: ProtocolConfiguration,
     pending: VecDeque<Reply>,
 }
 
@@ -79,6 +103,9 @@ impl Stream for Replies {
                 // Envoy ends most streams with a reset: nobody is left to be told.
                 Some(Err(_)) | None => return Poll::Ready(None),
             };
+            if let Some(modes) = message.protocol_config {
+                self.modes = modes;
+            }
             self.answer(message.request);
         }
     }
@@ -88,12 +115,13 @@ impl Replies {
     fn answer(&mut self, part: Option<Part>) {
         match part {
             Some(Part::RequestHeaders(_)) => {
-                let header = HeaderValue {
+                let header = self.null.destination().map(|raw_value| HeaderValue {
                     key: DESTINATION.to_owned(),
-                    raw_value: self.destination.clone(),
+                    raw_value,
                     ..HeaderValue::default()
-                };
-                let set_headers = vec![HeaderValueOption { header: Some(header) }];
+                });
+                let set_headers: Vec<_> =
+                    header.map(|it| HeaderValueOption { header: Some(it) }).into_iter().collect();
                 let response = CommonResponse {
                     header_mutation: Some(HeaderMutation { set_headers, remove_headers: vec![] }),
                     clear_route_cache: true,
@@ -105,8 +133,12 @@ impl Replies {
             Some(Part::ResponseHeaders(_)) => {
                 self.pending.push_back(Reply::ResponseHeaders(HeadersResponse::default()));
             }
-            Some(Part::RequestBody(body)) => self.pieces(body, Reply::RequestBody),
-            Some(Part::ResponseBody(body)) => self.pieces(body, Reply::ResponseBody),
+            Some(Part::RequestBody(body)) => {
+                self.body(body, self.modes.request_body_mode(), Reply::RequestBody);
+            }
+            Some(Part::ResponseBody(body)) => {
+                self.body(body, self.modes.response_body_mode(), Reply::ResponseBody);
+            }
             Some(Part::RequestTrailers(_)) => {
                 self.pending.push_back(Reply::RequestTrailers(TrailersResponse::default()));
             }
@@ -114,6 +146,18 @@ impl Replies {
                 self.pending.push_back(Reply::ResponseTrailers(TrailersResponse::default()));
             }
             None => {}
+        }
+    }
+
+    fn body(&mut self, body: HttpBody, mode: BodySendMode, reply: fn(BodyResponse) -> Reply) {
+        match mode {
+            BodySendMode::Streamed | BodySendMode::Buffered | BodySendMode::BufferedPartial => {
+                self.pending.push_back(reply(BodyResponse::default()));
+            }
+            // A mode that is not said reads as none.
+            BodySendMode::None | BodySendMode::FullDuplexStreamed | BodySendMode::Grpc => {
+                self.pieces(body, reply);
+            }
         }
     }
 

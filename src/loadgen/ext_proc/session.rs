@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tonic::{Code, Status, Streaming, transport::Channel};
 
-use super::traffic::{self, Traffic};
+use super::{messages, traffic::Traffic};
 use crate::proto::ext_proc::{
     BodyResponse, ProcessingRequest, ProcessingResponse, body_mutation::Mutation,
     external_processor_client::ExternalProcessorClient, processing_response::Response,
@@ -56,9 +56,10 @@ pub(super) struct Session<'a> {
 
 /// The messages of a request: everything up to the end of the body at once, then what the channel
 /// brings.
-struct Outgoing {
-    first: std::vec::IntoIter<ProcessingRequest>,
-    then: mpsc::Receiver<ProcessingRequest>,
+#[derive(Debug)]
+pub(in crate::loadgen) struct Outgoing {
+    pub(in crate::loadgen) first: std::vec::IntoIter<ProcessingRequest>,
+    pub(in crate::loadgen) then: mpsc::Receiver<ProcessingRequest>,
 }
 
 impl Stream for Outgoing {
@@ -90,10 +91,11 @@ impl<'a> Session<'a> {
     ) -> Result<Instant, Failure> {
         let body = self.traffic.body(self.serial);
         let sent = body.len();
+        let id = format!("00000000-0000-4000-8000-{:012x}", self.serial);
         let first = vec![
-            traffic::request_headers(self.serial, sent),
-            traffic::request_body(body, false),
-            traffic::request_body(bytes::Bytes::new(), true),
+            messages::request_headers("/v1/chat/completions", &id, sent),
+            messages::request_body(body, false),
+            messages::request_body(bytes::Bytes::new(), true),
         ];
         let (more, then) = mpsc::channel(self.traffic.response.len().max(1));
         let outgoing = Outgoing { first: first.into_iter(), then };

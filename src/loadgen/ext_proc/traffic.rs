@@ -8,10 +8,8 @@ use std::{
 
 use bytes::Bytes;
 
-use crate::proto::ext_proc::{
-    BodySendMode, HeaderMap, HeaderValue, HttpBody, HttpHeaders, Metadata, ProcessingRequest,
-    ProtocolConfiguration, processing_request::Request,
-};
+use super::messages::{self, response_body};
+use crate::proto::ext_proc::ProcessingRequest;
 
 /// Bodies per group; exchanges take them in turn.
 const VARIANTS: usize = 4;
@@ -161,60 +159,9 @@ fn push_word(text: &mut String, random: &mut fastrand::Rng) {
     text.push(' ');
 }
 
-fn message(request: Request) -> ProcessingRequest {
-    ProcessingRequest { request: Some(request), ..ProcessingRequest::default() }
-}
-
-fn headers<'a>(pairs: impl IntoIterator<Item = (&'a str, String)>) -> Option<HeaderMap> {
-    let value = |(key, value): (&str, String)| HeaderValue {
-        key: key.to_owned(),
-        raw_value: value.into(),
-        ..HeaderValue::default()
-    };
-    Some(HeaderMap { headers: pairs.into_iter().map(value).collect() })
-}
-
-/// The first message of an exchange, as Envoy 1.40 sends it.
-pub(super) fn request_headers(serial: u64, body_bytes: usize) -> ProcessingRequest {
-    let headers = headers([
-        (":authority", "127.0.0.1:8081".to_owned()),
-        (":path", "/v1/chat/completions".to_owned()),
-        (":method", "POST".to_owned()),
-        (":scheme", "http".to_owned()),
-        ("content-type", "application/json".to_owned()),
-        ("content-length", body_bytes.to_string()),
-        ("user-agent", "loadgen".to_owned()),
-        ("accept", "*/*".to_owned()),
-        ("x-forwarded-proto", "http".to_owned()),
-        ("x-request-id", format!("00000000-0000-4000-8000-{serial:012x}")),
-    ]);
-    let mode = BodySendMode::FullDuplexStreamed.into();
-    ProcessingRequest {
-        metadata_context: Some(Metadata::default()),
-        protocol_config: Some(ProtocolConfiguration {
-            request_body_mode: mode,
-            response_body_mode: mode,
-        }),
-        ..message(Request::RequestHeaders(HttpHeaders { headers, end_of_stream: false }))
-    }
-}
-
-/// A piece of the request body.
-pub(super) fn request_body(body: Bytes, end_of_stream: bool) -> ProcessingRequest {
-    message(Request::RequestBody(HttpBody { body, end_of_stream }))
-}
-
-fn response_body(body: impl Into<Bytes>, end_of_stream: bool) -> ProcessingRequest {
-    message(Request::ResponseBody(HttpBody { body: body.into(), end_of_stream }))
-}
-
 fn response_messages(shape: ResponseShape, model: &str) -> Vec<ProcessingRequest> {
     const USAGE: &str = r#""usage":{"prompt_tokens":512,"completion_tokens":8,"total_tokens":520,"prompt_tokens_details":{"cached_tokens":384}}"#;
-    let head = |content_type: &str| {
-        let headers =
-            headers([(":status", "200".to_owned()), ("content-type", content_type.to_owned())]);
-        message(Request::ResponseHeaders(HttpHeaders { headers, end_of_stream: false }))
-    };
+    let head = |content_type| messages::response_headers(200, content_type);
     match shape {
         ResponseShape::None => Vec::new(),
         ResponseShape::Unary => vec![

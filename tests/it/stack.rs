@@ -1,0 +1,6 @@
+//! Stacks of the load driver: what each policy does with requests, and that no process is left.
+
+mod client;
+mod ends;
+mod policies;
+mod rig;
