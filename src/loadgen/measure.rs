@@ -1,0 +1,1 @@
+//! What a run saw, as numbers of the report.
