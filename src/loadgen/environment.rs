@@ -32,18 +32,16 @@ pub fn read() -> Environment {
     }
 }
 
-/// Doubts about the environment, as sentences.
+/// Doubts the machine if more than half of its cores were taken before the run; not if their number is
+/// not known (0).
 #[must_use]
-pub fn doubts(environment: &Environment) -> Vec<String> {
-    let mut doubts = Vec::new();
-    let (load, cores) = (environment.load_before, environment.cores);
-    if load > QUIET * cores {
-        doubts.push(format!(
+pub fn busy(load: f64, cores: f64) -> Option<String> {
+    (cores > 0.0 && load > QUIET * cores).then(|| {
+        format!(
             "the machine was busy before the run: load average {load:.2} on {cores:.1} cores; end what \
              else runs, or expect wide intervals"
-        ));
-    }
-    doubts
+        )
+    })
 }
 
 /// Returns the load average of the last minute; 0 if it cannot be read.
@@ -143,10 +141,10 @@ mod tests {
 
     #[test]
     fn a_busy_machine_is_doubted() {
-        let with = |load_before| Environment { cores: 4.0, load_before, ..Environment::default() };
-        assert_eq!(doubts(&with(1.9)), Vec::<String>::new());
-        let doubts = doubts(&with(2.1));
-        assert!(doubts[0].contains("load average 2.10 on 4.0 cores"), "{doubts:?}");
+        assert_eq!(busy(1.9, 4.0), None);
+        assert_eq!(busy(1.9, 0.0), None);
+        let doubt = busy(2.1, 4.0).unwrap();
+        assert!(doubt.contains("load average 2.10 on 4.0 cores"), "{doubt}");
     }
 
     #[test]
