@@ -15,6 +15,8 @@
 //! | [`freshness`] | how late the index is; bursts of events |
 //! | [`resources`] | what each component costs |
 //! | [`stats`] | percentiles, intervals, knees; pure |
+//! | [`measure`] | what a run saw, as numbers of the report; is it valid? |
+//! | [`environment`] | what a run is made on |
 //! | [`progress`] | live numbers |
 //! | [`report`] | the document at the end, and what is made from it |
 //! | [`capacity`] | published results and our model of them |
@@ -24,8 +26,10 @@ pub mod capacity;
 pub mod demo;
 pub mod drive;
 pub mod engine;
+pub mod environment;
 pub mod ext_proc;
 pub mod freshness;
+pub mod measure;
 pub mod null_pod;
 pub mod play;
 pub mod progress;

@@ -19,6 +19,7 @@ mod ingest;
 mod precise_embedded;
 mod precise_remote;
 mod replay_tool;
+mod resources;
 mod service;
 mod stack;
 mod streams;
