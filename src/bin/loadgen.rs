@@ -17,6 +17,7 @@ use kv_indexer::{
     epp::server::{self, ConnectionMetrics, GrpcOptions, ServerOptions, Services, null::Null},
     indexer::{self, IndexerConfig},
     loadgen::{
+        capacity::command::{self as capacity, CapacityOptions},
         demo::{self, DemoOptions},
         engine::command::{self, EngineArguments},
         ext_proc::{self, ExtProcOptions},
@@ -51,6 +52,8 @@ enum Command {
     Null(NullArguments),
     /// Runs a mock inference engine until SIGINT or SIGTERM.
     Engine(EngineArguments),
+    /// Puts published results of routing policies beside what our model of an engine says.
+    Capacity(CapacityOptions),
 }
 
 #[derive(Debug, clap::Args)]
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Some(Command::ExtProc(options)) => drive(&options),
         Some(Command::Null(arguments)) => null(&arguments),
         Some(Command::Engine(arguments)) => engine(arguments),
+        Some(Command::Capacity(options)) => capacity::run(&options, &mut io::stdout()),
         None => show(arguments.indexer),
     };
     match outcome {
