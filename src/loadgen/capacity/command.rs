@@ -235,9 +235,10 @@ pub fn compare(options: &CapacityOptions) -> Result<Comparison> {
     let mut cells = Vec::new();
     for (at, policy) in policies.iter().enumerate() {
         let runs: Vec<_> = (0..options.seeds).map(|seed| &outcomes[&(at, seed)]).collect();
-        for (stage, named) in stages.iter().enumerate() {
+        for stage in 0..=stages.len() {
             let seeds: Vec<StageOutcome> = runs.iter().map(|run| run[stage]).collect();
-            cells.push(Cell::of(study, policy, Some(named.rate), &seeds));
+            let rate = stages.get(stage).map(|stage| stage.rate);
+            cells.push(Cell::of(study, policy, rate, &seeds));
         }
     }
     let checks = checks(&cells);
@@ -286,7 +287,7 @@ fn all(
 fn checks(cells: &[Cell]) -> Vec<Check> {
     let of = |policy: &Policy| -> Vec<&Cell> {
         let name = policy.to_string();
-        cells.iter().filter(|cell| cell.policy == name).collect()
+        cells.iter().filter(|it| it.policy == name && it.rate.is_some()).collect()
     };
     let (random, precise) = (of(&Policy::Random), of(&Policy::Precise));
     let approximate = of(&Policy::Approximate);

@@ -88,7 +88,8 @@ pub struct StageOutcome {
     pub seconds: f64,
 }
 
-/// Runs the warm-up and these stages with one policy.
+/// Runs the warm-up and these stages with one policy. The last outcome, with rate 0, is of all stages
+/// together; its throughput leaves the pauses out.
 #[must_use]
 pub fn simulate(
     study: &Study,
@@ -99,13 +100,17 @@ pub fn simulate(
 ) -> Vec<StageOutcome> {
     let mut traffic = Traffic::new(study, assumed.scale_tokens, seed);
     let mut run = Simulation::new(study, policy, seed, assumed);
-    run.stage(study.warm_up, &traffic.stage(study.warm_up));
+    run.stage(&traffic.stage(study.warm_up));
     let gap = Duration::from_secs_f64(study.gap_s);
-    let mut outcomes = Vec::with_capacity(stages.len());
+    let mut outcomes = Vec::with_capacity(stages.len() + 1);
+    let mut all = Measured::default();
     for stage in stages {
         run.now += gap;
-        outcomes.push(run.stage(*stage, &traffic.stage(*stage)));
+        let measured = run.stage(&traffic.stage(*stage));
+        all.add(&measured);
+        outcomes.push(measured.outcome(stage.rate, assumed.scale_tokens));
     }
+    outcomes.push(all.outcome(0.0, assumed.scale_tokens));
     outcomes
 }
 
@@ -172,14 +177,52 @@ struct Pod {
     steps: bool,
 }
 
-/// A stage under way.
+/// What is noted of stages.
 #[derive(Default)]
 struct Measured {
+    // Seconds.
     ttft: Vec<f64>,
     open: usize,
     tokens: usize,
+    // Sum over pods and scrapes, and how many these are.
     waiting: (usize, usize),
     waiting_max: usize,
+    // Tokens looked up and found, requests preempted.
+    sums: [u64; 3],
+    took: Duration,
+}
+
+impl Measured {
+    fn add(&mut self, other: &Self) {
+        self.ttft.extend(&other.ttft);
+        self.tokens += other.tokens;
+        self.waiting.0 += other.waiting.0;
+        self.waiting.1 += other.waiting.1;
+        self.waiting_max = self.waiting_max.max(other.waiting_max);
+        for (sum, more) in self.sums.iter_mut().zip(other.sums) {
+            *sum += more;
+        }
+        self.took += other.took;
+    }
+
+    fn outcome(mut self, rate: f64, scale_tokens: f64) -> StageOutcome {
+        let (ttft, [queries, hits, preemptions]) = (&mut self.ttft, self.sums);
+        ttft.sort_unstable_by(f64::total_cmp);
+        let seconds = self.took.as_secs_f64();
+        StageOutcome {
+            rate,
+            requests: ttft.len(),
+            ttft_p50_s: percentile(ttft, 0.5),
+            ttft_p90_s: percentile(ttft, 0.9),
+            ttft_mean_s: ttft.iter().sum::<f64>() / ttft.len().max(1) as f64,
+            output_tps: self.tokens as f64 / scale_tokens / seconds,
+            hit_ratio: hits as f64 / queries.max(1) as f64,
+            waiting_mean: self.waiting.0 as f64 / self.waiting.1.max(1) as f64,
+            waiting_max: self.waiting_max,
+            preemptions,
+            seconds,
+        }
+    }
 }
 
 struct Simulation {
@@ -194,7 +237,6 @@ struct Simulation {
     before_queue: Duration,
     scrape: Duration,
     events: Duration,
-    scale_tokens: f64,
     // Requests are named in the order in which they come; the first of this stage.
     first: RequestId,
 }
@@ -233,12 +275,11 @@ impl Simulation {
             before_queue: pace.request(),
             scrape: Duration::from_secs_f64(assumed.scrape_ms.max(1.0) / 1e3),
             events: Duration::from_secs_f64(assumed.events_ms / 1e3),
-            scale_tokens: scale,
             first: 0,
         }
     }
 
-    fn stage(&mut self, stage: Stage, planned: &[Planned]) -> StageOutcome {
+    fn stage(&mut self, planned: &[Planned]) -> Measured {
         let start = self.now;
         let before = self.sums();
         let mut measured = Measured { open: planned.len(), ..Measured::default() };
@@ -250,7 +291,7 @@ impl Simulation {
         while measured.open > 0
             && let Some(((now, _), happening)) = self.happenings.pop_first()
         {
-            // What was left over from the pause is late, no more.
+            // What was left over from before the pause comes late; nothing else is to come then.
             self.now = self.now.max(now);
             match happening {
                 Happening::Pick(at) => self.pick(at, &planned[at]),
@@ -261,23 +302,11 @@ impl Simulation {
         }
         self.happenings.retain(|_, happening| !matches!(happening, Happening::Scrape));
         self.first += planned.len() as u64;
-        let [queries, hits, preemptions] = self.sums();
-        let seconds = (self.now - start).as_secs_f64();
-        let ttft = &mut measured.ttft;
-        ttft.sort_unstable_by(f64::total_cmp);
-        StageOutcome {
-            rate: stage.rate,
-            requests: planned.len(),
-            ttft_p50_s: percentile(ttft, 0.5),
-            ttft_p90_s: percentile(ttft, 0.9),
-            ttft_mean_s: ttft.iter().sum::<f64>() / ttft.len().max(1) as f64,
-            output_tps: measured.tokens as f64 / self.scale_tokens / seconds,
-            hit_ratio: (hits - before[1]) as f64 / (queries - before[0]).max(1) as f64,
-            waiting_mean: measured.waiting.0 as f64 / measured.waiting.1.max(1) as f64,
-            waiting_max: measured.waiting_max,
-            preemptions: preemptions - before[2],
-            seconds,
+        measured.took = self.now - start;
+        for ((sum, now), before) in measured.sums.iter_mut().zip(self.sums()).zip(before) {
+            *sum = now - before;
         }
+        measured
     }
 
     fn at(&mut self, time: Duration, happening: Happening) {
