@@ -25,6 +25,7 @@ use kv_indexer::{
     },
     indexer::{self, IndexerConfig},
     loadgen::{
+        capacity::command::{self as capacity, CapacityOptions},
         demo::{self, DemoOptions},
         engine::command::{self, EngineArguments},
         ext_proc::{self, ExtProcOptions},
@@ -90,6 +91,8 @@ struct ComponentArguments {
     /// Its command line.
     #[arg(last = true)]
     line: Vec<OsString>,
+    /// Puts published results of routing policies beside what our model of an engine says.
+    Capacity(CapacityOptions),
 }
 
 #[derive(Debug, clap::Args)]
@@ -116,6 +119,7 @@ fn main() -> ExitCode {
         Some(Command::Trace(command)) => trace::run(&command, &mut io::stdout()),
         Some(Command::Fleet(arguments)) => run_fleet(arguments, stop),
         Some(Command::Component(arguments)) => return component(arguments, stop),
+        Some(Command::Capacity(options)) => capacity::run(&options, &mut io::stdout()),
         None => show(arguments.indexer),
     };
     end(outcome)

@@ -1,2 +1,111 @@
 //! Published results of routing policies on fleets, and what our model of an engine says of the same
 //! traffic.
+//!
+//! | module | what it is for |
+//! | --- | --- |
+//! | [`published`] | the tables, and the fleets and the traffic that they are of |
+//! | [`simulation`] | a fleet of [`Scheduler`](super::engine::scheduler::Scheduler)s in virtual time |
+//! | [`choice`] | who gets a request, by each policy |
+//! | [`command`] | `loadgen capacity`: both side by side |
+//!
+//! # Model
+//!
+//! The engines are those of [`engine`](super::engine), cache, scheduling and preemption included; only
+//! time is simulated. What has to be assumed of the hardware is [`Constants`]: four numbers, found on one
+//! published table and then kept.
+
+pub mod choice;
+pub mod command;
+pub mod published;
+pub mod simulation;
+
+use self::published::Study;
+use super::{engine::Pace, stack::fleet::FleetOptions};
+
+/// Tokens that an engine computes in one step at most, as vLLM on an H100.
+const STEP_TOKENS: f64 = 8_192.0;
+/// Requests that it runs at once at most, likewise.
+const SEQUENCES: usize = 1_024;
+/// Tokens per block of the published fleets.
+const BLOCK: f64 = 64.0;
+/// The shortest block that vLLM has by default.
+const SHORTEST_BLOCK: usize = 16;
+
+/// What the hardware needs: a pair of H100 with a model of 32.8 billion parameters.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Constants {
+    /// Fixed time of a request before it is queued: gateway, picker, HTTP, tokenizer; milliseconds.
+    pub request_ms: f64,
+    /// Prefill of a token that is not cached, milliseconds.
+    pub prefill_ms_per_token: f64,
+    /// A step in which requests decode, milliseconds.
+    pub decode_ms_per_step: f64,
+    /// The same, further for each of them, milliseconds.
+    pub decode_ms_per_sequence: f64,
+}
+
+impl Default for Constants {
+    /// Found on the 73 % table.
+    fn default() -> Self {
+        Self {
+            request_ms: 200.0,
+            prefill_ms_per_token: 0.085,
+            decode_ms_per_step: 25.0,
+            decode_ms_per_sequence: 0.05,
+        }
+    }
+}
+
+impl Constants {
+    /// For hardware that has this many times as many parameters per GPU: what computes takes so much
+    /// longer, and what does not stays.
+    #[must_use]
+    pub fn for_model(self, factor: f64) -> Self {
+        Self {
+            request_ms: self.request_ms,
+            prefill_ms_per_token: self.prefill_ms_per_token * factor,
+            decode_ms_per_step: self.decode_ms_per_step * factor,
+            decode_ms_per_sequence: self.decode_ms_per_sequence * factor,
+        }
+    }
+
+    /// The same for prompts and answers that have `scale_tokens` times as many tokens, so that a request
+    /// takes as long as before, on engines that are `speed` times as fast as real ones.
+    #[must_use]
+    pub fn pace(self, scale_tokens: f64, speed: f64) -> Pace {
+        Pace {
+            request_us: self.request_ms * 1e3,
+            step_us: 0.0,
+            prefill_us_per_token: self.prefill_ms_per_token * 1e3 / scale_tokens,
+            decode_us_per_step: self.decode_ms_per_step * 1e3 / scale_tokens,
+            decode_us_per_sequence: self.decode_ms_per_sequence * 1e3 / scale_tokens,
+            scale: 1.0 / speed,
+        }
+    }
+}
+
+/// The pace of a published engine: see [`Constants::pace`].
+#[must_use]
+pub fn pace(scale_tokens: f64, speed: f64) -> Pace {
+    Constants::default().pace(scale_tokens, speed)
+}
+
+/// The engines of a published fleet with caches for `scale_tokens` times as many tokens.
+///
+/// A step's budget shrinks with the tokens, so that it takes as long as before; blocks do not get shorter
+/// than 16 tokens.
+#[must_use]
+pub fn fleet(study: &Study, scale_tokens: f64, speed: f64) -> FleetOptions {
+    let block_size = ((BLOCK * scale_tokens) as usize).max(SHORTEST_BLOCK);
+    let tokens = f64::from(study.kv_tokens) * scale_tokens;
+    FleetOptions {
+        engines: study.pods,
+        block_size,
+        // One more: the null block holds nothing.
+        num_gpu_blocks: (tokens / block_size as f64) as u32 + 1,
+        max_num_seqs: SEQUENCES,
+        max_num_batched_tokens: ((STEP_TOKENS * scale_tokens) as usize).max(1),
+        pace: Constants::default().for_model(study.factor()).pace(scale_tokens, speed),
+        ..FleetOptions::default()
+    }
+}

@@ -16,6 +16,7 @@ mod epp;
 mod epp_config;
 mod fuzz_corpora;
 mod ingest;
+mod openai_client;
 mod precise_embedded;
 mod precise_remote;
 mod replay_tool;

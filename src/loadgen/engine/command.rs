@@ -57,6 +57,9 @@ pub struct EngineArguments {
     /// Topic of the events; default: kv@IP:PORT@MODEL.
     #[arg(long, value_name = "TEXT")]
     topic: Option<String>,
+    /// Microseconds that a request needs before it is queued.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().request_us)]
+    request_us: f64,
     /// Microseconds of every step.
     #[arg(long, value_name = "US", default_value_t = Pace::default().step_us)]
     step_us: f64,
@@ -66,7 +69,10 @@ pub struct EngineArguments {
     /// Microseconds of every step that makes further tokens.
     #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_step)]
     decode_us_per_step: f64,
-    /// Factor of all three; 0 = as fast as possible.
+    /// Further microseconds of such a step for each request in it that makes one.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_sequence)]
+    decode_us_per_sequence: f64,
+    /// Factor of all five; 0 = as fast as possible.
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     time_scale: f64,
     /// Refuse the render endpoints, as vLLM without --enable-scale-out.
@@ -108,9 +114,11 @@ impl EngineArguments {
             form: self.form,
             topic: self.topic,
             pace: Pace {
+                request_us: self.request_us,
                 step_us: self.step_us,
                 prefill_us_per_token: self.prefill_us_per_token,
                 decode_us_per_step: self.decode_us_per_step,
+                decode_us_per_sequence: self.decode_us_per_sequence,
                 scale: self.time_scale,
             },
             model_dir: self.model_dir,

@@ -187,9 +187,10 @@ impl Rank {
         })
     }
 
-    /// Queues a request; `make` gets its name.
+    /// Queues a request; `make` gets its name. Its latencies run from `arrived`.
     pub(super) fn submit(
         self: &Arc<Self>,
+        arrived: Instant,
         make: impl FnOnce(RequestId) -> Request,
     ) -> Result<Ticket, Refusal> {
         let mut state = lock(&self.state);
@@ -203,7 +204,7 @@ impl Rank {
         state.next_id += 1;
         let request = make(id);
         let (outputs, receiver) = mpsc::channel(request.max_tokens.max(1));
-        state.sinks.insert(id, Sink { outputs, arrived: Instant::now() });
+        state.sinks.insert(id, Sink { outputs, arrived });
         state.scheduler.submit(request);
         drop(state);
         self.wake.notify_all();

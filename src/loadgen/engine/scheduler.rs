@@ -24,16 +24,23 @@ use super::{
 };
 use crate::wire::encode::Event;
 
-/// How long a step takes: `base + prefill · (tokens of prompts in it) + decode · (is any request
-/// decoding?)`, times `scale`.
+/// How long things take. A step takes `step + prefill · (tokens of prompts in it)`, and if requests
+/// decode in it `decode + more · (how many)`.
+///
+/// There is one step at a time, and all requests of an engine share its token budget. So prefills wait for
+/// one another, and a long prefill holds up the next token of every request that decodes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pace {
+    /// Microseconds that a request needs before it is queued; the engine computes meanwhile.
+    pub request_us: f64,
     /// Microseconds of every step.
     pub step_us: f64,
     /// Microseconds per prompt token that is computed; hits in the cache cost nothing.
     pub prefill_us_per_token: f64,
     /// Microseconds of every step in which a request makes a token after its first one.
     pub decode_us_per_step: f64,
+    /// Further microseconds of a step for each request that makes such a token.
+    pub decode_us_per_sequence: f64,
     /// Factor of all of them; 0 = as fast as possible.
     pub scale: f64,
 }
@@ -41,14 +48,33 @@ pub struct Pace {
 impl Default for Pace {
     /// Quick enough for tests: a prompt of a thousand tokens takes about two milliseconds.
     fn default() -> Self {
-        Self { step_us: 200.0, prefill_us_per_token: 2.0, decode_us_per_step: 300.0, scale: 1.0 }
+        Self {
+            request_us: 0.0,
+            step_us: 200.0,
+            prefill_us_per_token: 2.0,
+            decode_us_per_step: 300.0,
+            decode_us_per_sequence: 0.0,
+            scale: 1.0,
+        }
     }
 }
 
 impl Pace {
-    fn step(&self, prefill_tokens: usize, decodes: bool) -> Duration {
-        let decode = if decodes { self.decode_us_per_step } else { 0.0 };
-        let us = self.step_us + self.prefill_us_per_token * prefill_tokens as f64 + decode;
+    /// What a request needs before it is queued.
+    #[must_use]
+    pub fn request(&self) -> Duration {
+        self.scaled(self.request_us)
+    }
+
+    fn step(&self, prefill_tokens: usize, decodes: usize) -> Duration {
+        let mut us = self.step_us + self.prefill_us_per_token * prefill_tokens as f64;
+        if decodes > 0 {
+            us += self.decode_us_per_step + self.decode_us_per_sequence * decodes as f64;
+        }
+        self.scaled(us)
+    }
+
+    fn scaled(&self, us: f64) -> Duration {
         Duration::try_from_secs_f64(us * self.scale / 1e6).unwrap_or_default()
     }
 }
@@ -234,15 +260,14 @@ impl Scheduler {
         if !preempted {
             self.admit(&mut budget);
         }
-        let mut step = (0, false);
+        let (mut prefill, mut decodes) = (0, 0);
         for it in self.running.iter().filter(|it| it.scheduled > 0) {
             // As much of it as was never made by the model here is prefill.
             let decode = it.made > 0 && it.scheduled == 1;
-            step.0 += if decode { 0 } else { it.scheduled };
-            step.1 |= decode;
+            prefill += if decode { 0 } else { it.scheduled };
+            decodes += usize::from(decode);
         }
-        let any = step.0 > 0 || step.1;
-        any.then(|| self.pace.step(step.0, step.1))
+        (prefill + decodes > 0).then(|| self.pace.step(prefill, decodes))
     }
 
     /// Ends the step that [`begin`](Self::begin) planned.
@@ -403,6 +428,31 @@ mod tests {
         let third = step(&mut it);
         assert!(third.outputs[0].last);
         assert_eq!((it.begin(), it.cache().usage()), (None, 0.0));
+    }
+
+    #[test]
+    fn a_prefill_holds_up_whoever_decodes() {
+        let pace = Pace {
+            request_us: 7.0,
+            step_us: 1000.0,
+            prefill_us_per_token: 10.0,
+            decode_us_per_step: 100.0,
+            decode_us_per_sequence: 1.0,
+            scale: 2.0,
+        };
+        let mut it = Scheduler { pace, ..scheduler(20, LIMITS) };
+        assert_eq!(pace.request(), Duration::from_micros(14));
+        it.submit(request(1, &[7; 3], 4));
+        it.submit(request(2, &[8; 4], 4));
+        let takes = |it: &mut Scheduler| {
+            let takes = it.begin().unwrap().as_micros();
+            it.finish();
+            takes
+        };
+        assert_eq!(takes(&mut it), 2 * (1000 + 7 * 10));
+        assert_eq!(takes(&mut it), 2 * (1000 + 100 + 2));
+        it.submit(request(3, &[9; 6], 1));
+        assert_eq!(takes(&mut it), 2 * (1000 + 6 * 10 + 100 + 2), "one step for all of them");
     }
 
     #[test]

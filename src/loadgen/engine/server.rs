@@ -28,7 +28,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http_body_util::{BodyExt as _, Full, Limited, combinators::UnsyncBoxBody};
@@ -297,15 +297,22 @@ impl Server {
         let rank = self.rank(headers)?;
         let max_tokens = ask.max_tokens.unwrap_or(self.options.default_max_tokens);
         let identity = Identity { lora, salt: ask.salt.clone(), items: ask.items.clone() };
+        for tokens in &ask.prompts {
+            self.check_length(tokens.len(), max_tokens)?;
+        }
+        let arrived = Instant::now();
+        let before = self.options.pace.request();
+        if !before.is_zero() {
+            tokio::time::sleep(before).await;
+        }
         let mut choices = Vec::with_capacity(ask.prompts.len());
         for tokens in ask.prompts {
             let prompt_tokens = tokens.len();
-            self.check_length(prompt_tokens, max_tokens)?;
             let block_size = self.options.block_size;
             let sequence = Sequence::new(tokens, identity.clone(), block_size);
             let answer = self.tokenizer.answer(chat, sequence.state(), max_tokens);
             let ticket = rank
-                .submit(|id| scheduler::Request { id, sequence, max_tokens, answer })
+                .submit(arrived, |id| scheduler::Request { id, sequence, max_tokens, answer })
                 .map_err(|refused| match refused {
                     Refusal::Full | Refusal::Stopped => {
                         BadRequest::new(StatusCode::SERVICE_UNAVAILABLE, refused.to_string())
