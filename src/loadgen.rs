@@ -37,6 +37,7 @@ pub mod recording;
 pub mod replay;
 pub mod report;
 pub mod resources;
+pub mod scenario;
 pub mod stack;
 pub mod stats;
 pub mod workload;
