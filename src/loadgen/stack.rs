@@ -42,7 +42,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use self::{child::Child, envoy::Envoy};
+use self::{child::Child, envoy::Envoy, policy::Surroundings};
 pub use self::{
     fleet::{FleetOptions, FleetPorts},
     policy::Policy,
@@ -84,6 +84,9 @@ pub struct Launch {
     pub ports: FleetPorts,
     /// Time between scrapes of an engine's metrics by `epp`, the same for all policies; at least 50 ms.
     pub scrape_interval: Duration,
+    /// Let policies that know prefixes ask the first engine for the token ids of prompts that are text;
+    /// prompts that are ids need nobody.
+    pub render: bool,
     /// How long each part may take until it is ready.
     pub patience: Duration,
 }
@@ -95,6 +98,7 @@ impl Default for Launch {
             program: None,
             ports: FleetPorts::default(),
             scrape_interval: Duration::from_millis(50),
+            render: false,
             patience: Duration::from_secs(20),
         }
     }
@@ -394,8 +398,8 @@ async fn indexer(
         if live == engines.len() {
             return Ok((child, grpc));
         }
-        if let Some(fault) = child.fault() {
-            bail!(fault);
+        if let Some(last_words) = child.last_words().await {
+            bail!(last_words);
         }
         if Instant::now() >= deadline {
             let states: Vec<_> = pods.iter().map(PodStatus::state).collect();
@@ -415,8 +419,14 @@ async fn picker(
     if let Policy::External { address, pid, .. } = options.policy {
         return Ok(Picker { ext_proc: address, metrics: None, pid, child: None });
     }
-    let document = options.policy.document(options.fleet.block_size, indexer, options.want_hits);
-    let Some(document) = document else {
+    let around = Surroundings {
+        block_size: options.fleet.block_size,
+        indexer,
+        want_hits: options.want_hits,
+        model: &options.fleet.model,
+        render: engines.first().filter(|_| launch.render).map(|engine| engine.http),
+    };
+    let Some(document) = options.policy.document(&around) else {
         let picked = match options.policy {
             Policy::Constant => 1,
             _ => engines.len(),
@@ -456,8 +466,8 @@ async fn picker(
             let pid = Some(child.pid());
             return Ok(Picker { ext_proc, metrics: Some(metrics), pid, child: Some(child) });
         }
-        if let Some(fault) = child.fault() {
-            bail!(fault);
+        if let Some(last_words) = child.last_words().await {
+            bail!(last_words);
         }
         if Instant::now() >= deadline {
             bail!(

@@ -13,7 +13,7 @@
 //! # Failure
 //!
 //! Never on the way of a response: pieces that the stream cannot take yet are kept, up to
-//! [`KEPT_BYTES`]; beyond that, or when the stream broke, the rest is not told, and there is no
+//! 256 KiB; beyond that, or when the stream broke, the rest is not told, and there is no
 //! prediction. A connection that broke is made anew by the next request.
 //!
 //! # Concurrency

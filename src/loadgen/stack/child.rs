@@ -18,7 +18,7 @@ use std::{
     path::Path,
     process::{self, Command, Stdio},
     sync::{Arc, Mutex},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -50,6 +50,8 @@ pub struct Child {
     name: &'static str,
     process: process::Child,
     said: Arc<Mutex<Said>>,
+    /// Those that read what it says.
+    readers: Vec<JoinHandle<()>>,
     /// It has had its time to end.
     waited: bool,
 }
@@ -75,7 +77,7 @@ impl Child {
             .with_context(|| format!("starting {name}: {}", program.display()))?;
         let said = Arc::<Mutex<Said>>::default();
         let (out, err) = (process.stdout.take(), process.stderr.take());
-        let child = Self { name, process, said, waited: false };
+        let mut child = Self { name, process, said, readers: Vec::new(), waited: false };
         let keep = |said: &mut Said, line| {
             if said.out.len() < LINES_OUT {
                 said.out.push(line);
@@ -94,7 +96,7 @@ impl Child {
 
     /// Reads a stream to its end, on a thread of its own, so that the child never waits for us.
     fn listen(
-        &self,
+        &mut self,
         stream: Option<impl Read + Send + 'static>,
         keep: impl Fn(&mut Said, String) + Send + 'static,
     ) -> Result<()> {
@@ -115,7 +117,7 @@ impl Child {
             }
         };
         let thread = thread::Builder::new().name(format!("{}-said", self.name));
-        thread.spawn(read).context("starting a thread")?;
+        self.readers.push(thread.spawn(read).context("starting a thread")?);
         Ok(())
     }
 
@@ -155,16 +157,14 @@ impl Child {
         found: impl Fn(&[String]) -> Option<T>,
     ) -> Result<T> {
         let deadline = Instant::now() + patience;
-        // A child that has ended may still have said it.
-        let mut ended = None;
         loop {
+            // Asked before, since a child that has ended may still have said it.
+            let last_words = self.last_words().await;
             if let Some(value) = found(&lock(&self.said).out) {
                 return Ok(value);
             }
-            match ended {
-                Some(since) if Instant::now() > since + 50 * LOOK => bail!(self.last_words()),
-                Some(_) => {}
-                None => ended = self.has_ended().then(Instant::now),
+            if let Some(last_words) = last_words {
+                bail!(last_words);
             }
             if Instant::now() >= deadline {
                 bail!("{} did not say {what:?} within {patience:?}{}", self.name, self.quote());
@@ -173,22 +173,34 @@ impl Child {
         }
     }
 
-    /// Why it ended by itself; `None` while it runs.
+    /// Why it ended by itself, as far as it has been heard; `None` while it runs.
     pub fn fault(&mut self) -> Option<String> {
-        self.has_ended().then(|| self.last_words())
+        if !self.has_ended() {
+            return None;
+        }
+        let status = match self.process.try_wait() {
+            Ok(Some(status)) => status.to_string(),
+            _ => "no status".to_owned(),
+        };
+        Some(format!("{} ended: {status}{}", self.name, self.quote()))
+    }
+
+    /// As [`fault`](Self::fault), but hears it out, for a second at most.
+    pub async fn last_words(&mut self) -> Option<String> {
+        const HEARING: Duration = Duration::from_secs(1);
+        if !self.has_ended() {
+            return None;
+        }
+        let deadline = Instant::now() + HEARING;
+        while !self.readers.iter().all(JoinHandle::is_finished) && Instant::now() < deadline {
+            tokio::time::sleep(LOOK).await;
+        }
+        self.fault()
     }
 
     fn has_ended(&mut self) -> bool {
         // What cannot be asked any more is gone.
         self.process.try_wait().is_ok_and(|status| status.is_some())
-    }
-
-    fn last_words(&mut self) -> String {
-        let status = match self.process.try_wait() {
-            Ok(Some(status)) => status.to_string(),
-            _ => "no status".to_owned(),
-        };
-        format!("{} ended: {status}{}", self.name, self.quote())
     }
 
     /// The last lines of standard error, below a colon.

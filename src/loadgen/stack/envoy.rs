@@ -81,20 +81,18 @@ impl Envoy {
         let pid = child.announced("pid ", patience).await?;
         let deadline = Instant::now() + patience;
         loop {
-            let state = state(&admin_file, pods.len()).await;
-            match state {
+            let error = match state(&admin_file, pods.len()).await {
                 Ok(clients) => return Ok(Self { clients, pid, child, _folder: folder }),
-                Err(_) if child.fault().is_some() => {
-                    bail!(child.fault().unwrap_or_default());
-                }
-                Err(error) if Instant::now() >= deadline => {
-                    return Err(error.context(format!(
-                        "envoy is not ready within {patience:?}{}",
-                        child.quote()
-                    )));
-                }
-                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(error) => error,
+            };
+            if let Some(last_words) = child.last_words().await {
+                bail!(last_words);
             }
+            if Instant::now() >= deadline {
+                let late = format!("envoy is not ready within {patience:?}{}", child.quote());
+                return Err(error.context(late));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 }

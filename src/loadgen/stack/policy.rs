@@ -8,6 +8,10 @@
 //!
 //! The approximate policy has llm-d's published limits: 31 250 blocks for each endpoint, and 256 blocks of
 //! a prompt, which the present plugin wants in tokens. Its blocks have at least 64 tokens, as llm-d's.
+//!
+//! Prompts that are token ids need no tokenizer anywhere. For text, both policies that know prefixes can
+//! ask an engine for the ids; else the precise one has nothing to ask the indexer, and falls back to
+//! approximate scores, which is counted.
 
 use std::{
     fmt,
@@ -53,14 +57,10 @@ impl Policy {
     pub const ALL: [Self; 5] =
         [Self::Random, Self::RoundRobin, Self::LeastLoad, Self::Approximate, Self::Precise];
 
-    /// `epp`'s configuration; `None` where another endpoint picker decides. Asks the indexer at
-    /// `indexer`, if it asks one; with `want_hits`, predictions come with the end of each response.
-    pub(super) fn document(
-        &self,
-        block_size: usize,
-        indexer: Option<SocketAddr>,
-        want_hits: bool,
-    ) -> Option<String> {
+    /// `epp`'s configuration; `None` where another endpoint picker decides, or there is no indexer for
+    /// one that needs it.
+    pub(super) fn document(&self, around: &Surroundings<'_>) -> Option<String> {
+        let Surroundings { block_size, indexer, want_hits, model, render } = *around;
         let prefix = match self {
             Self::RoundRobin | Self::Constant | Self::External { .. } => return None,
             Self::Random => {
@@ -93,9 +93,31 @@ impl Policy {
             Self::Precise => "precise-prefix-cache-scorer",
             _ => "prefix-cache-scorer",
         };
+        let tokens = match render {
+            None => String::new(),
+            Some(engine) => format!(
+                "- type: token-producer\n  \
+                   parameters: {{vllm: {{url: 'http://{engine}'}}, modelName: '{model}'}}\n"
+            ),
+        };
         let weights = format!("  - {{pluginRef: {scorer}, weight: 3}}\n{LOAD_WEIGHTS}");
-        Some(document(&format!("{prefix}{LOAD_PLUGINS}"), &weights))
+        Some(document(&format!("{tokens}{prefix}{LOAD_PLUGINS}"), &weights))
     }
+}
+
+/// What an endpoint picker has around it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Surroundings<'a> {
+    /// Tokens per block of the engines.
+    pub(super) block_size: usize,
+    /// The indexer's gRPC address.
+    pub(super) indexer: Option<SocketAddr>,
+    /// Predictions come with the end of each response.
+    pub(super) want_hits: bool,
+    /// Served model name.
+    pub(super) model: &'a str,
+    /// The engine that makes token ids of text; `None` = prompts are ids.
+    pub(super) render: Option<SocketAddr>,
 }
 
 const LOAD_PLUGINS: &str = "- type: queue-scorer\n\
@@ -209,14 +231,23 @@ mod tests {
 
     #[test]
     fn all_but_prefixes_weighs_the_same() {
-        let indexer = Some(([127, 0, 0, 1], 50_051).into());
+        let address = Some(([127, 0, 0, 1], 50_051).into());
+        let alone = Surroundings {
+            block_size: 16,
+            indexer: None,
+            want_hits: true,
+            model: "mock",
+            render: None,
+        };
+        let around = Surroundings { indexer: address, render: address, ..alone };
         for policy in [Policy::LeastLoad, Policy::Approximate, Policy::Precise] {
-            let document = policy.document(16, indexer, true).unwrap();
+            let document = policy.document(&around).unwrap();
             assert!(document.contains(LOAD_WEIGHTS), "{document}");
-            let weighs_prefixes = document.contains("weight: 3");
-            assert_eq!(weighs_prefixes, policy != Policy::LeastLoad, "{document}");
+            let prefixes = policy != Policy::LeastLoad;
+            assert_eq!(document.contains("weight: 3"), prefixes, "{document}");
+            assert_eq!(document.contains("token-producer"), prefixes, "{document}");
         }
-        assert_eq!(Policy::Precise.document(16, None, true), None);
-        assert_eq!(Policy::Constant.document(16, indexer, true), None);
+        assert_eq!(Policy::Precise.document(&alone), None);
+        assert_eq!(Policy::Constant.document(&around), None);
     }
 }

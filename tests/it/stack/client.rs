@@ -35,7 +35,7 @@ fn a_picker_that_comes_back_is_asked_again() {
     runtime.block_on(async {
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
         let picker = Picker::new(address).unwrap();
-        let body = [body(&prompt(0, 0))];
+        let body = [body(prompt(0, 0))];
         assert_eq!(pick(&picker, &body).await, Err(Failure::Picker), "nobody is there");
 
         let (first, _) = null(address);
@@ -67,7 +67,7 @@ fn large_bodies_and_many_exchanges_share_a_connection() {
         assert_eq!(pick(&picker, &large).await, Ok(pod));
         let mut open = Vec::new();
         for _ in 0..500 {
-            open.push(picker.pick(COMPLETIONS, "id", &[body(&prompt(0, 0))]).await.unwrap());
+            open.push(picker.pick(COMPLETIONS, "id", &[body(prompt(0, 0))]).await.unwrap());
         }
         assert!(open.iter().all(|routed| routed.pod == pod));
         for routed in open {
@@ -84,7 +84,7 @@ fn a_refusal_has_its_status() {
     let epp = Epp::start(config, &["--endpoint", "a=127.0.0.1:1,llm-d.ai/role=prefill"]);
     runtime().block_on(async {
         let picker = Picker::new(epp.grpc).unwrap();
-        let refused = pick(&picker, &[body(&prompt(0, 0))]).await;
+        let refused = pick(&picker, &[body(prompt(0, 0))]).await;
         assert!(matches!(refused, Err(Failure::Refused(429 | 503))), "{refused:?}");
         let refused = pick(&picker, &[Bytes::from_static(b"{\"model\": 1")]).await;
         assert_eq!(refused, Err(Failure::Refused(400)));

@@ -10,12 +10,12 @@ use kv_indexer::{
     loadgen::{
         drive::Target,
         resources::Watched,
-        stack::{CacheTotals, Policy, Stack, envoy},
+        stack::{CacheTotals, Launch, Policy, Stack, envoy},
     },
     proto::kvindexer::ListPodsRequest,
 };
 
-use super::rig::{BLOCK, Client, options, prompt, runs, start};
+use super::rig::{BLOCK, Client, body, launch, options, prompt, runs, start};
 use crate::{
     epp::rig::envoy_binary,
     support::{connect, patience, runtime},
@@ -78,6 +78,26 @@ fn precise_goes_to_the_holder_and_predicts_what_it_finds() {
         let hits: u64 = totals.iter().map(|it| it.hits).sum();
         assert!(hits >= 20 * BLOCK as u64, "{totals:?}");
         assert_eq!(stack.fault(), None);
+        stack.stop().await;
+    });
+}
+
+#[test]
+fn text_is_predicted_if_an_engine_makes_its_tokens() {
+    runtime().block_on(async {
+        let launch = Launch { render: true, ..launch() };
+        let stack = Stack::start_with(options(Policy::Precise), &launch).await.unwrap();
+        let mut client = Client::new(&stack);
+        let text = "Which pod holds the blocks of this prompt, and how many? ".repeat(40);
+        let deadline = Instant::now() + patience();
+        loop {
+            let served = client.send(body(&text)).await;
+            let predicted = served.prediction.predicted_tokens.unwrap_or(0);
+            if predicted > 0 && predicted == served.cached_tokens {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{served:?}");
+        }
         stack.stop().await;
     });
 }

@@ -53,7 +53,7 @@ pub(crate) fn runs(pid: u32) -> bool {
 }
 
 /// A completion of these token ids.
-pub(crate) fn body(prompt: &[u32]) -> Bytes {
+pub(crate) fn body(prompt: impl serde::Serialize) -> Bytes {
     let body = json!({"model": "mock", "prompt": prompt, "max_tokens": 4, "temperature": 0,
         "stream": true, "stream_options": {"include_usage": true}});
     Bytes::from(body.to_string())
@@ -92,8 +92,13 @@ impl Client {
 
     /// Sends a request through the endpoint picker or the gateway, and reads the answer.
     pub(crate) async fn ask(&mut self, prompt: &[u32]) -> Served {
+        self.send(body(prompt)).await
+    }
+
+    /// As [`ask`](Self::ask), with any body of a completion.
+    pub(crate) async fn send(&mut self, body: Bytes) -> Served {
         self.asked += 1;
-        let (id, body) = (format!("request-{}", self.asked), body(prompt));
+        let id = format!("request-{}", self.asked);
         let Some(picker) = &self.picker else {
             let Target::Gateway(url) = &self.target else { panic!("{:?}", self.target) };
             let gateway = url.strip_prefix("http://").unwrap().parse().unwrap();
