@@ -7,6 +7,7 @@ use std::{
 
 use kv_indexer::{
     loadgen::{
+        engine::{Engine, EngineOptions},
         freshness::{WatchOptions, Watched, watch},
         stack::EngineAddress,
     },
@@ -14,7 +15,7 @@ use kv_indexer::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Indexer, connect, runtime};
+use crate::support::{Indexer, connect, http::post, patience, runtime};
 
 fn options(indexer: SocketAddr) -> WatchOptions {
     WatchOptions {
@@ -130,6 +131,44 @@ fn publishers_that_start_again_are_followed() {
     check_storm(
         "publishers=2,rate=1600,burst=400,interval=700ms,batch=8,faults=restart:0.002,gap:0.01",
     );
+}
+
+#[test]
+fn steps_of_an_engine_are_timed() {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let engine_runtime = builder.worker_threads(1).enable_all().build().unwrap();
+    let engine = engine_runtime.block_on(Engine::start(EngineOptions::default())).unwrap();
+    let source = engine.event_sources().remove(0);
+    let indexer = Indexer::start(&["--pod", &format!("engine-1=http://{}", engine.http())]);
+    assert!(engine_runtime.block_on(engine.wait_for_subscribers(patience())));
+    let address = EngineAddress {
+        name: "engine-1".to_owned(),
+        http: engine.http(),
+        events: source.endpoint,
+        replay: source.replay_endpoint.unwrap_or_default(),
+    };
+    let options = WatchOptions { engines: vec![address], ..options(indexer.grpc) };
+    let stop = CancellationToken::new();
+    let watched = std::thread::scope(|scope| {
+        let stopped = stop.clone();
+        let watching = scope
+            .spawn(move || runtime().block_on(watch(options, Instant::now(), stopped)).unwrap());
+        let deadline = Instant::now() + Duration::from_secs(3);
+        for prompt in 0_u32.. {
+            if Instant::now() >= deadline {
+                break;
+            }
+            let tokens: Vec<u32> = (0..64).map(|at| 1_000 * prompt + at).collect();
+            let body = serde_json::json!({"model": "mock", "prompt": tokens, "max_tokens": 1});
+            assert_eq!(post(engine.http(), "/v1/completions", &body.to_string()).status, 200);
+        }
+        stop.cancel();
+        watching.join().unwrap()
+    });
+    assert_eq!(watched.freshness.lost, 0);
+    let steps = &watched.freshness.kinds["engine_step.idle"];
+    assert!(steps.n >= 2 && steps.min.unwrap() > 0.0, "{steps:?}");
+    engine_runtime.block_on(engine.stop());
 }
 
 #[test]
