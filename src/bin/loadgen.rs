@@ -29,6 +29,7 @@ use kv_indexer::{
         demo::{self, DemoOptions},
         engine::command::{self, EngineArguments},
         ext_proc::{self, ExtProcOptions},
+        freshness::command::{self as storm_command, StormArguments},
         null_pod,
         play::{self, PlayOptions},
         workload::trace::command::{self as trace, TraceCommand},
@@ -93,6 +94,8 @@ struct ComponentArguments {
     line: Vec<OsString>,
     /// Puts published results of routing policies beside what our model of an engine says.
     Capacity(CapacityOptions),
+    /// Measures how late an indexer is, idle and under bursts of events.
+    Storm(StormArguments),
 }
 
 #[derive(Debug, clap::Args)]
@@ -120,6 +123,7 @@ fn main() -> ExitCode {
         Some(Command::Fleet(arguments)) => run_fleet(arguments, stop),
         Some(Command::Component(arguments)) => return component(arguments, stop),
         Some(Command::Capacity(options)) => capacity::run(&options, &mut io::stdout()),
+        Some(Command::Storm(arguments)) => storm(&arguments),
         None => show(arguments.indexer),
     };
     end(outcome)
@@ -253,6 +257,25 @@ fn engine(arguments: EngineArguments) -> Result<()> {
     })
 }
 
+/// Measures freshness of a given indexer, or of one in this process.
+fn storm(arguments: &StormArguments) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let _signals = cancel_on_terminate(stop.clone())?;
+        let mut out = io::stdout();
+        if let Some(indexer) = arguments.indexer {
+            return storm_command::run(arguments, indexer, stop, &mut out).await;
+        }
+        with_indexer(async |indexer| {
+            let pid = arguments.pid.or(Some(std::process::id()));
+            let arguments = StormArguments { pid, ..arguments.clone() };
+            storm_command::run(&arguments, indexer, stop, &mut out).await
+        })
+        .await
+    })
+}
+
 /// Runs the demo, against a given indexer or one in this process.
 fn show(indexer: Option<String>) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
@@ -265,6 +288,15 @@ fn show(indexer: Option<String>) -> Result<()> {
 
 /// Starts an indexer on free loopback ports, runs the demo against it and stops it.
 async fn embedded(out: &mut io::Stdout) -> Result<()> {
+    with_indexer(async |address| {
+        let indexer = format!("http://{address}");
+        demo::run(&DemoOptions { indexer, ..DemoOptions::default() }, out).await
+    })
+    .await
+}
+
+/// Starts an indexer on free loopback ports, lets it be used and stops it.
+async fn with_indexer(using: impl AsyncFnOnce(SocketAddr) -> Result<()>) -> Result<()> {
     let any: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
     let config = IndexerConfig { grpc_listen: any, admin_listen: any, ..IndexerConfig::default() };
     let stop = CancellationToken::new();
@@ -272,14 +304,11 @@ async fn embedded(out: &mut io::Stdout) -> Result<()> {
     let requested = stop.clone();
     let mut running = JoinSet::new();
     running.spawn(indexer::run(config, requested, |addresses| {
-        // The demo may have given up already.
+        // Whoever uses it may have given up already.
         bound.send(addresses).ok();
     }));
-    let shown = match listens.await {
-        Ok(addresses) => {
-            let indexer = format!("http://{}", addresses.grpc);
-            demo::run(&DemoOptions { indexer, ..DemoOptions::default() }, out).await
-        }
+    let used = match listens.await {
+        Ok(addresses) => using(addresses.grpc).await,
         // It ended before it listened; its own error says why.
         Err(_) => Ok(()),
     };
@@ -287,5 +316,5 @@ async fn embedded(out: &mut io::Stdout) -> Result<()> {
     while let Some(ended) = running.join_next().await {
         ended??;
     }
-    shown
+    used
 }

@@ -14,6 +14,7 @@ mod discovery;
 mod engine;
 mod epp;
 mod epp_config;
+mod freshness;
 mod fuzz_corpora;
 mod ingest;
 mod openai_client;

@@ -1,1 +1,397 @@
-//! See [the module above](super).
+//! Blocks of our own, published and looked for.
+//!
+//! # Model
+//!
+//! A probe is a block that nobody else has. It is published as an engine does, by a pod that is
+//! registered for this; time runs from just before the send until the first answer of `Score` that
+//! shows it. Later its removal is published and looked for in the same way. Probes come at irregular
+//! times, whether earlier ones are visible or not, so that a slow indexer is not asked less.
+//!
+//! # Cost
+//!
+//! All probes that are out are asked for in one request, and only one request is on its way at a time.
+//! None is while no probe is out. An answer is therefore late by up to one round trip: the time between
+//! two answers is reported as the resolution.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use hdrhistogram::Histogram;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+use super::{
+    Board, Client, PATIENCE, PROBE_TIMEOUT, PodHandle, WatchOptions, Watched, confirmed_depth,
+    delay::{Delay, DelayProxy},
+    followed, micros, percentiles, prompt,
+    steps::Steps,
+    storm::cache::mix,
+};
+use crate::{
+    loadgen::{
+        recording::Batch,
+        replay::{PublisherOptions, sockets::Sockets},
+    },
+    proto::kvindexer::{ScoreRequest, ScoreResponse},
+    support::clock::unix_ns,
+    wire::encode::{self, BlockRemoved, BlockStored, Event, Form, Hash, Tokens},
+};
+
+/// Probes that are out at a time; beyond that none is published.
+const MOST_OUT: usize = 256;
+/// Comparisons with `WaitVisible` that wait at most.
+const MOST_CHECKS: usize = 1_024;
+/// Probes kept one by one; percentiles are of these.
+const MOST_SAMPLES: usize = 1_000_000;
+
+/// A stream of `Score` calls, one at a time.
+pub(super) struct Poller {
+    asks: mpsc::Sender<ScoreRequest>,
+    answers: Streaming<ScoreResponse>,
+    last: Option<Instant>,
+    /// Time between two answers while there is something to look for, nanoseconds.
+    gaps: Histogram<u64>,
+}
+
+impl Poller {
+    pub(super) async fn open(client: &mut Client) -> anyhow::Result<Self> {
+        let (asks, requests) = mpsc::channel(1);
+        let answers =
+            client.score_stream(ReceiverStream::new(requests)).await.context("ScoreStream")?;
+        Ok(Self { asks, answers: answers.into_inner(), last: None, gaps: Histogram::new(3)? })
+    }
+
+    /// Asks. `fresh` = there was nothing to look for before.
+    pub(super) fn ask(&mut self, request: ScoreRequest, fresh: bool) -> anyhow::Result<()> {
+        if fresh {
+            self.last = Some(Instant::now());
+        }
+        self.asks.try_send(request).context("the indexer ended ScoreStream")
+    }
+
+    /// The answer and when it came. May be dropped and called again.
+    pub(super) async fn answer(&mut self) -> anyhow::Result<(ScoreResponse, Instant)> {
+        let answer = self.answers.message().await.context("ScoreStream")?;
+        let now = Instant::now();
+        let answer = answer.context("the indexer ended ScoreStream")?;
+        if let Some(error) = &answer.error {
+            bail!("Score refuses a probe: {}", error.message);
+        }
+        if let Some(last) = self.last.replace(now) {
+            self.gaps.saturating_record((now - last).as_nanos() as u64);
+        }
+        Ok((answer, now))
+    }
+
+    fn resolution_us(&self) -> Option<f64> {
+        (!self.gaps.is_empty()).then(|| self.gaps.value_at_quantile(0.5) as f64 / 1e3)
+    }
+}
+
+/// An event that is looked for.
+#[derive(Debug)]
+struct Probe {
+    tokens: Vec<u32>,
+    hash: u64,
+    store: bool,
+    sequence: u64,
+    sent: Instant,
+    sent_unix_ns: u64,
+    /// A burst was not drained then.
+    in_burst: bool,
+    /// Bursts that had begun then.
+    bursts: u64,
+}
+
+/// A probe that became visible, for the comparison.
+#[derive(Debug)]
+struct Check {
+    sequence: u64,
+    sent_unix_ns: u64,
+    ours_us: f64,
+}
+
+/// Publishes probes and looks for them.
+pub(super) struct Probes {
+    pod: PodHandle,
+    sockets: Sockets<Arc<Batch>>,
+    // Between the sockets and the indexer.
+    _proxy: Option<DelayProxy>,
+    client: Client,
+    poller: Poller,
+    board: Arc<Board>,
+    origin: Instant,
+    condition: String,
+    gap: Duration,
+    block_size: usize,
+    random: fastrand::Rng,
+    salt: u64,
+    sequence: u64,
+    made: u64,
+    /// Published and not seen yet.
+    out: Vec<Probe>,
+    /// Visible and not removed yet.
+    resident: VecDeque<Probe>,
+    checks: VecDeque<Check>,
+    /// Kind and microseconds.
+    samples: Vec<(&'static str, String, f64)>,
+    series: Vec<[f64; 2]>,
+    theirs: Vec<f64>,
+    differences: Vec<f64>,
+    lost: u64,
+}
+
+impl Probes {
+    /// Binds and registers the pod, and waits until its first message is applied.
+    pub(super) async fn start(
+        options: &WatchOptions,
+        mut pod: PodHandle,
+        at: &str,
+        (mut client, block_size): (Client, usize),
+        (origin, board): (Instant, Arc<Board>),
+        pods: &mut Vec<PodHandle>,
+    ) -> anyhow::Result<Self> {
+        let publisher =
+            PublisherOptions { replay: Some(at.to_owned()), ..PublisherOptions::default() };
+        let mut sockets = Sockets::bind(at, publisher, Duration::ZERO)?;
+        pod.endpoint = sockets.endpoint().to_owned();
+        pod.replay = sockets.replay_endpoint().unwrap_or_default().to_owned();
+        let mut proxy = None;
+        if options.delayed {
+            let target = pod.endpoint.trim_start_matches("tcp://").parse()?;
+            let new =
+                DelayProxy::start(std::net::SocketAddr::ip(&target), target, Delay::default())
+                    .context("the delaying proxy cannot be started")?;
+            pod.endpoint = format!("tcp://{}", new.address());
+            proxy = Some(new);
+        }
+        pods.push(pod.clone());
+        pod.register(&mut client).await?;
+        followed(&pod, || Ok(sockets.has_subscriber(None)?)).await?;
+        let poller = Poller::open(&mut client).await?;
+        let per_s = options.probes_per_s.clamp(0.1, 5_000.0);
+        let mut probes = Self {
+            pod,
+            sockets,
+            _proxy: proxy,
+            client,
+            poller,
+            board,
+            origin,
+            condition: options.condition.clone(),
+            // Stores and removes.
+            gap: Duration::from_secs_f64(0.5 / per_s),
+            block_size,
+            random: fastrand::Rng::with_seed(1),
+            salt: fastrand::u64(..),
+            sequence: 0,
+            made: 0,
+            out: Vec::new(),
+            resident: VecDeque::new(),
+            checks: VecDeque::new(),
+            samples: Vec::new(),
+            series: Vec::new(),
+            theirs: Vec::new(),
+            differences: Vec::new(),
+            lost: 0,
+        };
+        if options.delayed {
+            probes.condition = "delayed".to_owned();
+        }
+        probes.first().await?;
+        Ok(probes)
+    }
+
+    /// Publishes a probe that does not count, and waits for it: the stream is up after that.
+    async fn first(&mut self) -> anyhow::Result<()> {
+        self.store()?;
+        self.out.clear();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.pod.wait(&mut self.client, 0).await.context("WaitVisible")?;
+            if answer.reached {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                bail!("the indexer does not apply what {} publishes", self.pod.name);
+            }
+        }
+    }
+
+    /// Runs until `stop`, and until what is out then is seen or lost.
+    pub(super) async fn run(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let mut next = tokio::time::Instant::now();
+        let mut asked: Option<Vec<u64>> = None;
+        loop {
+            if asked.is_none() && !self.out.is_empty() {
+                asked = Some(self.ask(true)?);
+            }
+            if asked.is_none() {
+                self.compare().await?;
+                if stop.is_cancelled() {
+                    return Ok(());
+                }
+            }
+            let stopping = stop.is_cancelled();
+            tokio::select! {
+                biased;
+                () = stop.cancelled(), if !stopping => {}
+                answer = self.poller.answer(), if asked.is_some() => {
+                    let (answer, now) = answer?;
+                    self.look(&asked.take().unwrap_or_default(), &answer, now);
+                    if !self.out.is_empty() {
+                        asked = Some(self.ask(false)?);
+                    }
+                }
+                () = tokio::time::sleep_until(next), if !stopping => {
+                    next += self.gap.mul_f64(self.random.f64() * 1.5 + 0.25);
+                    // What could not be sent in time is not sent in a heap.
+                    next = next.max(tokio::time::Instant::now());
+                    if self.out.len() < MOST_OUT {
+                        match self.resident.pop_front() {
+                            Some(probe) => self.remove(probe)?,
+                            None => self.store()?,
+                        }
+                    }
+                }
+                // An answer that does not come must not keep probes from being lost.
+                () = tokio::time::sleep(PROBE_TIMEOUT), if asked.is_some() => {
+                    bail!("the indexer does not answer ScoreStream within {PROBE_TIMEOUT:?}");
+                }
+            }
+        }
+    }
+
+    /// Asks for all that is out; their sequences.
+    fn ask(&mut self, fresh: bool) -> anyhow::Result<Vec<u64>> {
+        let prompts = self.out.iter().map(|probe| prompt(&probe.tokens)).collect();
+        self.poller.ask(self.pod.score(prompts), fresh)?;
+        Ok(self.out.iter().map(|probe| probe.sequence).collect())
+    }
+
+    fn store(&mut self) -> anyhow::Result<()> {
+        self.made += 1;
+        let hash = mix(self.salt ^ self.made);
+        let tokens: Vec<u32> = (0..self.block_size as u64)
+            .map(|at| (mix(hash.wrapping_add(at)) % 100_000) as u32)
+            .collect();
+        let event = Event::BlockStored(BlockStored {
+            block_hashes: vec![Hash::Unsigned(hash)],
+            token_ids: Tokens::Plain(tokens.clone()),
+            block_size: self.block_size as i64,
+            medium: Some("GPU".to_owned()),
+            ..BlockStored::default()
+        });
+        self.publish(event, tokens, hash, true)
+    }
+
+    fn remove(&mut self, probe: Probe) -> anyhow::Result<()> {
+        let event = Event::BlockRemoved(BlockRemoved {
+            block_hashes: vec![Hash::Unsigned(probe.hash)],
+            medium: Some("GPU".to_owned()),
+            ..BlockRemoved::default()
+        });
+        self.publish(event, probe.tokens, probe.hash, false)
+    }
+
+    fn publish(
+        &mut self,
+        event: Event,
+        tokens: Vec<u32>,
+        hash: u64,
+        store: bool,
+    ) -> anyhow::Result<()> {
+        let sequence = self.sequence;
+        self.sequence += 1;
+        let batch =
+            encode::Batch { timestamp: unix_ns() as f64 / 1e9, events: vec![event], rank: Some(0) };
+        let payload = batch.encode(Form::Map)?;
+        let batch = Batch { topic: self.pod.topic(), sequence, payload, ..Batch::default() };
+        let batch = Arc::new(batch);
+        let (bursts, in_burst) = self.board.bursts();
+        let sent = Instant::now();
+        let sent_unix_ns = self.sockets.send(batch, true)?;
+        let probe = Probe { tokens, hash, store, sequence, sent, sent_unix_ns, in_burst, bursts };
+        self.out.push(probe);
+        Ok(())
+    }
+
+    /// Takes from what is out what the answer shows, and what is lost.
+    fn look(&mut self, asked: &[u64], answer: &ScoreResponse, now: Instant) {
+        for (sequence, scores) in asked.iter().zip(&answer.prompts) {
+            let Some(at) = self.out.iter().position(|probe| probe.sequence == *sequence) else {
+                continue;
+            };
+            if self.out[at].store == (confirmed_depth(scores) > 0) {
+                let probe = self.out.swap_remove(at);
+                self.note(probe, now);
+            }
+        }
+        let before = self.out.len();
+        self.out.retain(|probe| now.saturating_duration_since(probe.sent) < PROBE_TIMEOUT);
+        self.lost += (before - self.out.len()) as u64;
+    }
+
+    fn note(&mut self, probe: Probe, now: Instant) {
+        let us = micros(now.saturating_duration_since(probe.sent));
+        let overtaken = probe.in_burst || self.board.bursts().0 > probe.bursts;
+        let condition = if overtaken { "burst".to_owned() } else { self.condition.clone() };
+        let kind = if probe.store { "store" } else { "remove" };
+        if self.samples.len() < MOST_SAMPLES {
+            self.samples.push((kind, condition, us));
+            self.series.push([(now - self.origin).as_secs_f64(), us]);
+        }
+        if self.checks.len() < MOST_CHECKS {
+            let Probe { sequence, sent_unix_ns, .. } = probe;
+            self.checks.push_back(Check { sequence, sent_unix_ns, ours_us: us });
+        }
+        if probe.store {
+            self.resident.push_back(probe);
+        }
+    }
+
+    /// Asks the indexer when it made visible what we saw; only while nothing is out.
+    async fn compare(&mut self) -> anyhow::Result<()> {
+        while let Some(check) = self.checks.pop_front() {
+            let answer = self.pod.wait(&mut self.client, check.sequence).await?;
+            if answer.visible_unix_ns > 0 && self.theirs.len() < MOST_SAMPLES {
+                // A clock that was set back meanwhile gives a negative one.
+                let ns = answer.visible_unix_ns as i64 - check.sent_unix_ns as i64;
+                let theirs = ns as f64 / 1e3;
+                self.theirs.push(theirs);
+                self.differences.push(check.ours_us - theirs);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes down what was measured.
+    pub(super) fn report(self, steps: Steps, watched: &mut Watched) {
+        let all = percentiles(self.samples.iter().map(|(_, _, us)| *us).collect());
+        let freshness = &mut watched.freshness;
+        (freshness.p50, freshness.p95) = (all.p50, all.p95);
+        (freshness.p99, freshness.max, freshness.n) = (all.p99, all.max, all.n);
+        freshness.lost = self.lost;
+        let mut kinds = std::collections::BTreeMap::<String, Vec<f64>>::new();
+        for (kind, condition, us) in self.samples {
+            kinds.entry(format!("{kind}.{condition}")).or_default().push(us);
+        }
+        if !steps.us.is_empty() {
+            kinds.insert(format!("engine_step.{}", self.condition), steps.us);
+        }
+        freshness.lost += steps.lost;
+        freshness.kinds =
+            kinds.into_iter().map(|(kind, values)| (kind, percentiles(values))).collect();
+        freshness.resolution_us = self.poller.resolution_us();
+        freshness.wait_visible = (!self.theirs.is_empty()).then(|| percentiles(self.theirs));
+        freshness.difference =
+            (!self.differences.is_empty()).then(|| percentiles(self.differences));
+        watched.probes = self.series;
+    }
+}

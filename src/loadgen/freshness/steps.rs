@@ -1,0 +1,210 @@
+//! Blocks of engines, looked for since the end of the step that stored them.
+//!
+//! Time runs from the batch's timestamp, which an engine takes when it publishes, at the end of a step,
+//! until the first answer of `Score` that shows the batch's last block: so it is of two wall clocks and
+//! needs engines on this machine. A prompt is put together from the events by parent hash; what does
+//! not begin at the root, is long, or has an adapter, a salt or images is passed over.
+
+use std::{
+    collections::HashMap,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{Client, PROBE_TIMEOUT, PodHandle, WatchOptions, block_size, confirmed_depth, prompt};
+use crate::{
+    loadgen::stack::EngineAddress,
+    support::clock::unix_ns,
+    wire::{BatchReader, BlockStored, Event, Frames, Limits, Scratch, Topic},
+};
+
+/// Longest prompt that is followed, tokens.
+const MOST_TOKENS: usize = 2_048;
+/// Prompts remembered per engine; beyond that all are forgotten.
+const MOST_PROMPTS: usize = 4_096;
+/// Time between two samples.
+const EVERY: Duration = Duration::from_millis(250);
+/// It looks this often whether it should stop, milliseconds.
+const POLL_MS: i64 = 50;
+
+/// What was measured.
+#[derive(Debug, Default)]
+pub(super) struct Steps {
+    /// From the end of the step until visible, microseconds.
+    pub(super) us: Vec<f64>,
+    /// What was not visible in time.
+    pub(super) lost: u64,
+}
+
+/// A step whose last block is to be looked for.
+#[derive(Debug)]
+struct Step {
+    pod: String,
+    model: String,
+    tokens: Vec<u32>,
+    timestamp: f64,
+}
+
+/// Follows the engines until `stop`.
+pub(super) async fn watch(
+    options: &WatchOptions,
+    mut client: Client,
+    stop: CancellationToken,
+) -> anyhow::Result<Steps> {
+    let mut steps = Steps::default();
+    if options.engines.is_empty() {
+        return Ok(steps);
+    }
+    // One that cannot be looked for now is passed over.
+    let (found, mut samples) = mpsc::channel(1);
+    let engines = options.engines.clone();
+    let own = stop.clone();
+    let (done, listened) = tokio::sync::oneshot::channel();
+    thread::Builder::new().name("engine-steps".to_owned()).spawn(move || {
+        // Nobody waits for it if something else failed.
+        drop(done.send(listen(&engines, &found, &own)));
+    })?;
+    let mut sizes = HashMap::new();
+    while let Some(step) = samples.recv().await {
+        let size = match sizes.get(&step.model) {
+            Some(size) => *size,
+            None => {
+                let size = block_size(&mut client, &step.model).await?;
+                sizes.insert(step.model.clone(), size);
+                size
+            }
+        };
+        let depth = (step.tokens.len() / size) as u32;
+        if depth == 0 {
+            continue;
+        }
+        let pod = PodHandle { name: step.pod, model: step.model, ..PodHandle::default() };
+        let request = pod.score(vec![prompt(&step.tokens)]);
+        let began = Instant::now();
+        loop {
+            let answer = client.score(request.clone()).await.context("Score")?.into_inner();
+            let now = unix_ns();
+            if answer.prompts.first().is_some_and(|scores| confirmed_depth(scores) >= depth) {
+                steps.us.push(now as f64 / 1e3 - step.timestamp * 1e6);
+                break;
+            }
+            if began.elapsed() >= PROBE_TIMEOUT || stop.is_cancelled() {
+                steps.lost += u64::from(!stop.is_cancelled());
+                break;
+            }
+        }
+    }
+    listened.await.context("the thread that listens to engines ended")??;
+    Ok(steps)
+}
+
+/// Reads the engines' events and hands over samples.
+fn listen(
+    engines: &[EngineAddress],
+    found: &mpsc::Sender<Step>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let context = zmq::Context::new();
+    let mut sockets = Vec::new();
+    for engine in engines {
+        let socket = context.socket(zmq::SUB)?;
+        socket.set_linger(0)?;
+        socket.set_subscribe(b"")?;
+        socket
+            .connect(&engine.events)
+            .with_context(|| format!("events of {} at {:?}", engine.name, engine.events))?;
+        sockets.push(socket);
+    }
+    let mut prompts = vec![Prompts::default(); engines.len()];
+    let mut next = Instant::now();
+    while !stop.is_cancelled() {
+        let mut items: Vec<_> =
+            sockets.iter().map(|socket| socket.as_poll_item(zmq::POLLIN)).collect();
+        match zmq::poll(&mut items, POLL_MS) {
+            Ok(_) | Err(zmq::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for ((engine, socket), prompts) in engines.iter().zip(&sockets).zip(&mut prompts) {
+            while let Ok(frames) = socket.recv_multipart(zmq::DONTWAIT) {
+                let Some((model, timestamp, tokens)) = prompts.read(&frames) else { continue };
+                if Instant::now() >= next {
+                    let step = Step { pod: engine.name.clone(), model, tokens, timestamp };
+                    if found.try_send(step).is_ok() {
+                        next = Instant::now() + EVERY;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Prompts of one engine by the hash of their last block.
+#[derive(Clone, Debug, Default)]
+struct Prompts {
+    by_hash: HashMap<u64, Vec<u32>>,
+}
+
+impl Prompts {
+    /// Takes in a message; model, timestamp and prompt of the last store in it that was new. What is no
+    /// message of an engine is passed over.
+    fn read(&mut self, frames: &[Vec<u8>]) -> Option<(String, f64, Vec<u32>)> {
+        let limits = Limits::default();
+        let frames = Frames::split(frames).ok()?;
+        let model = Topic::parse(frames.topic, usize::MAX).ok()?.model.into_owned();
+        let mut reader = BatchReader::new(frames.payload, &limits).ok()?;
+        let timestamp = reader.header().timestamp;
+        let mut scratch = Scratch::default();
+        let mut last = None;
+        while let Some(event) = reader.next_event(&mut scratch) {
+            match event {
+                Ok(Event::Stored(store)) => last = self.store(&store).or(last),
+                Ok(Event::Removed(removed)) => {
+                    for hash in removed.block_hashes {
+                        self.by_hash.remove(&hash.0);
+                    }
+                    // What was stored and removed in one step cannot be seen.
+                    last = None;
+                }
+                Ok(Event::Cleared) => {
+                    self.by_hash.clear();
+                    last = None;
+                }
+                Err(_) => {}
+            }
+        }
+        last.map(|tokens| (model, timestamp, tokens))
+    }
+
+    fn store(&mut self, store: &BlockStored<'_>) -> Option<Vec<u32>> {
+        let size = store.block_size as usize;
+        let whole = size > 0 && store.tokens.len() == store.block_hashes.len() * size;
+        let plain = store.lora_name.is_none()
+            && store.lora_id.is_none()
+            && store.extra_keys.is_none()
+            && store.cache_salt.is_none();
+        if !whole || !plain || store.block_hashes.is_empty() {
+            return None;
+        }
+        let mut tokens = match store.parent {
+            Some(parent) => self.by_hash.get(&parent.0)?.clone(),
+            None => Vec::new(),
+        };
+        if tokens.len() + store.tokens.len() > MOST_TOKENS {
+            return None;
+        }
+        if self.by_hash.len() + store.block_hashes.len() > MOST_PROMPTS {
+            self.by_hash.clear();
+        }
+        let mut is_new = false;
+        for (hash, block) in store.block_hashes.iter().zip(store.tokens.chunks(size)) {
+            tokens.extend(block);
+            is_new = self.by_hash.insert(hash.0, tokens.clone()).is_none();
+        }
+        is_new.then_some(tokens)
+    }
+}
