@@ -22,6 +22,7 @@ use kv_indexer::{
         ext_proc::{self, ExtProcOptions},
         null_pod,
         play::{self, PlayOptions},
+        report::compare::{self, CompareOptions},
     },
     support::signal::cancel_on_terminate,
 };
@@ -51,6 +52,8 @@ enum Command {
     Null(NullArguments),
     /// Runs a mock inference engine until SIGINT or SIGTERM.
     Engine(EngineArguments),
+    /// Tells what changed between two reports.
+    Compare(CompareOptions),
 }
 
 #[derive(Debug, clap::Args)]
@@ -70,6 +73,10 @@ fn main() -> ExitCode {
         Some(Command::ExtProc(options)) => drive(&options),
         Some(Command::Null(arguments)) => null(&arguments),
         Some(Command::Engine(arguments)) => engine(arguments),
+        Some(Command::Compare(options)) => match compare::run(&options, &mut io::stdout()) {
+            Ok(true) => return ExitCode::from(2),
+            outcome => outcome.map(drop),
+        },
         None => show(arguments.indexer),
     };
     match outcome {
