@@ -19,6 +19,7 @@ mod ingest;
 mod precise_embedded;
 mod precise_remote;
 mod replay_tool;
+mod report;
 mod service;
 mod streams;
 mod support;
