@@ -37,6 +37,7 @@ use kv_indexer::{
             fleet::{self, FleetArguments},
             guard,
         },
+        report::compare::{self, CompareOptions},
     },
     support::signal::cancel_on_terminate,
 };
@@ -96,6 +97,8 @@ struct ComponentArguments {
     Capacity(CapacityOptions),
     /// Measures how late an indexer is, idle and under bursts of events.
     Storm(StormArguments),
+    /// Tells what changed between two reports.
+    Compare(CompareOptions),
 }
 
 #[derive(Debug, clap::Args)]
@@ -124,6 +127,10 @@ fn main() -> ExitCode {
         Some(Command::Component(arguments)) => return component(arguments, stop),
         Some(Command::Capacity(options)) => capacity::run(&options, &mut io::stdout()),
         Some(Command::Storm(arguments)) => storm(&arguments),
+        Some(Command::Compare(options)) => match compare::run(&options, &mut io::stdout()) {
+            Ok(true) => return ExitCode::from(2),
+            outcome => outcome.map(drop),
+        },
         None => show(arguments.indexer),
     };
     end(outcome)

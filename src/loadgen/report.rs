@@ -7,23 +7,126 @@
 //! | [`html`] | one page with plots, without a network |
 //! | [`llmd`] | llm-d's Benchmark Report v0.2.1 |
 //! | [`guidellm`] | the shape of GuideLLM's `benchmarks.json` |
+//! | [`csv`] | one line for each scenario |
 //! | [`compare`] | two reports against each other |
+//! | [`repeats`] | what repeats say together, and policies against each other |
 //!
 //! Times in names: `_ms` milliseconds, `_us` microseconds, `_s` seconds. A quantity that was not measured
 //! is `null` or left out, never 0.
 
 pub mod compare;
+pub mod csv;
 pub mod guidellm;
 pub mod html;
 pub mod llmd;
+pub mod repeats;
 pub mod text;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
 /// Name and version of the document.
 pub const SCHEMA: &str = "kv-indexer.loadgen.report/1";
+/// Bytes of a document that is read. A million points of timelines and distributions fit.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// Why a document could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The file cannot be opened or read.
+    #[error("reading {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is larger than what is read.
+    #[error("{}: larger than {limit} bytes", path.display())]
+    TooLarge {
+        /// Which.
+        path: PathBuf,
+        /// The limit, bytes.
+        limit: u64,
+    },
+    /// The file is not JSON.
+    #[error("{}: not JSON", path.display())]
+    Json {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The document is none of ours, or of a version that is not known here.
+    #[error("{}: schema is {found:?}, this program reads {SCHEMA:?}", path.display())]
+    Version {
+        /// Which.
+        path: PathBuf,
+        /// What it says it is; empty if it does not say.
+        found: String,
+    },
+    /// A field is missing or of another type.
+    #[error("{}: {field}", path.display())]
+    Field {
+        /// Which.
+        path: PathBuf,
+        /// Where in the document.
+        field: String,
+        /// Why.
+        source: serde_json::Error,
+    },
+}
+
+impl Report {
+    /// Reads the document at `path`. Fields that are not known are passed over, so that later programs
+    /// can add some.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`], which names the file and the place in it.
+    pub fn load(path: &Path) -> Result<Self, LoadError> {
+        let named = || path.to_owned();
+        let mut bytes = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
+            .map_err(|source| LoadError::Read { path: named(), source })?;
+        if bytes.len() as u64 > MAX_BYTES {
+            return Err(LoadError::TooLarge { path: named(), limit: MAX_BYTES });
+        }
+        let document: serde_json::Value = serde_json::from_slice(&bytes)
+            .map_err(|source| LoadError::Json { path: named(), source })?;
+        let found = document["schema"].as_str().unwrap_or_default();
+        if found != SCHEMA {
+            return Err(LoadError::Version { path: named(), found: found.to_owned() });
+        }
+        Self::deserialize(&document).map_err(|source| {
+            let (field, source) = place(&document).unwrap_or(("document".to_owned(), source));
+            LoadError::Field { path: named(), field, source }
+        })
+    }
+}
+
+/// The first entry of a list that is at fault: serde names the field, not the entry.
+fn place(document: &serde_json::Value) -> Option<(String, serde_json::Error)> {
+    fn first<T: serde::de::DeserializeOwned>(
+        document: &serde_json::Value,
+        list: &str,
+    ) -> Option<(String, serde_json::Error)> {
+        document[list].as_array()?.iter().enumerate().find_map(|(i, entry)| {
+            T::deserialize(entry).err().map(|error| (format!("{list}[{i}]"), error))
+        })
+    }
+    first::<Scenario>(document, "scenarios")
+        .or_else(|| first::<Summary>(document, "summaries"))
+        .or_else(|| first::<Comparison>(document, "comparisons"))
+}
 
 /// A whole document.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -22,6 +22,7 @@ mod precise_embedded;
 mod precise_remote;
 mod replay_tool;
 mod resources;
+mod report;
 mod service;
 mod stack;
 mod streams;
