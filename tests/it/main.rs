@@ -15,6 +15,7 @@ mod engine;
 mod epp;
 mod epp_config;
 mod fuzz_corpora;
+mod html_report;
 mod ingest;
 mod precise_embedded;
 mod precise_remote;
