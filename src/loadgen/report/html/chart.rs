@@ -45,10 +45,29 @@ pub(super) fn shorten(text: &str, most: usize) -> String {
     }
 }
 
+/// As much of the text as has room in a width, in the units of the view box.
+pub(super) fn fit(text: &str, width: f64) -> String {
+    let wide = |c: char| match c {
+        c if !c.is_ascii() => 12.0,
+        'W' | 'M' | 'm' | 'w' | '@' | '%' => 10.5,
+        c if c.is_ascii_uppercase() => 8.5,
+        _ => CHARACTER,
+    };
+    let mut used = 0.0;
+    let fits = text.chars().take_while(|c| {
+        used += wide(*c);
+        used <= width
+    });
+    shorten(text, fits.count().max(1))
+}
+
 /// A number with three significant digits, thousands as `k`, `M`, `G`.
 pub(super) fn number(value: f64) -> String {
     if !value.is_finite() {
         return "–".to_owned();
+    }
+    if value.abs() >= 999.5e9 || (value != 0.0 && value.abs() < 5e-5) {
+        return format!("{value:.1e}");
     }
     let (scaled, unit) = match value.abs() {
         v if v >= 999.5e6 => (value / 1e9, "G"),
@@ -287,8 +306,8 @@ impl Frame {
 
     /// A name left of the frame, cut to the room there is.
     pub(super) fn row_name(&mut self, y: f64, class: &str, name: &str) {
-        let room = ((self.left - 10.0) / CHARACTER) as usize;
-        self.text(self.left - 8.0, y + 4.0, "end", class, &shorten(name, room));
+        let name = fit(name, self.left - 12.0);
+        self.text(self.left - 8.0, y + 4.0, "end", class, &name);
     }
 
     /// A line through the points; `class` says its colour and kind, `title` what it is.
@@ -471,6 +490,7 @@ mod tests {
             (9_999.0, "9999"),
             (12_345.0, "12.3\u{a0}k"),
             (2.5e6, "2.5\u{a0}M"),
+            (1e300, "1.0e300"),
             (f64::NAN, "–"),
         ] {
             assert_eq!(number(value), want);

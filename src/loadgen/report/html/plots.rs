@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{
     super::{Comparison, Freshness, Moment, Report, Scenario},
-    chart::{FOOT, Frame, Scale, escape, number, shorten, svg},
+    chart::{FOOT, Frame, Scale, escape, fit, number, shorten, svg},
 };
 
 /// Panels of one plot.
@@ -643,9 +643,9 @@ fn shares(report: &Report, how: &str) -> String {
                     &title,
                 );
             }
-            let room = (width / groups.len() as f64 / 6.3) as usize;
+            let room = width / groups.len() as f64 - 4.0;
             let middle = frame.at_x(at as f64 + 0.5);
-            frame.text(middle, TOP + 166.0, "middle", "tick", &shorten(policy, room));
+            frame.text(middle, TOP + 166.0, "middle", "tick", &fit(policy, room));
         }
         let pods = groups.iter().map(|(_, pods)| pods.len()).max().unwrap_or(1);
         frame.across(100.0 / pods as f64, "ideal", "equal shares");
