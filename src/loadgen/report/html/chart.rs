@@ -67,7 +67,7 @@ pub(super) fn number(value: f64) -> String {
         return "–".to_owned();
     }
     if value.abs() >= 999.5e9 || (value != 0.0 && value.abs() < 5e-5) {
-        return format!("{value:.1e}");
+        return format!("{value:.0e}");
     }
     let (scaled, unit) = match value.abs() {
         v if v >= 999.5e6 => (value / 1e9, "G"),
@@ -490,7 +490,7 @@ mod tests {
             (9_999.0, "9999"),
             (12_345.0, "12.3\u{a0}k"),
             (2.5e6, "2.5\u{a0}M"),
-            (1e300, "1.0e300"),
+            (1e300, "1e300"),
             (f64::NAN, "–"),
         ] {
             assert_eq!(number(value), want);
