@@ -158,7 +158,8 @@ pub async fn run(specs: &[Spec], common: &Common, cancel: &CancellationToken) ->
     report.valid = report.warnings.is_empty()
         && !report.scenarios.is_empty()
         && report.scenarios.iter().all(|scenario| scenario.valid);
-    report.warnings.extend(environment::doubts(&report.environment));
+    let at_start = &report.environment;
+    report.warnings.extend(environment::busy(at_start.load_before, at_start.cores));
     report.summarise();
     report.compare_policies();
     Ok(report)
@@ -219,7 +220,9 @@ impl Outputs {
             save(path, serde_json::to_string_pretty(&report::guidellm::document(report))?)?;
         }
         if let Some(path) = &self.csv {
-            save(path, report::csv::table(report))?;
+            let file = std::fs::File::create(path);
+            let mut file = file.with_context(|| format!("cannot write {}", path.display()))?;
+            report::csv::write(report, &mut file)?;
         }
         if let Some(folder) = &self.llmd {
             std::fs::create_dir_all(folder)

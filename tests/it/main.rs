@@ -16,6 +16,7 @@ mod epp;
 mod epp_config;
 mod freshness;
 mod fuzz_corpora;
+mod html_report;
 mod ingest;
 mod openai_client;
 mod precise_embedded;

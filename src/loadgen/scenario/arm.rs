@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Common, Load, Spec};
 use crate::loadgen::{
+    environment,
     drive::{self, Drive, Driven, Ended, Pacing, Target},
     freshness::{self, WatchOptions, Watched},
     measure::{self, MeasureOptions},
@@ -19,7 +20,11 @@ use crate::loadgen::{
     report::Scenario,
     resources::{Component, Sampler, Watched as Source},
     stack::{EngineAddress, Policy, Predictions, Stack, StackOptions},
-    workload::{Plan, hits},
+    workload::{
+        Arrival, Plan, Planned,
+        arrivals::{DISPERSION_WINDOWS, dispersion},
+        hits,
+    },
 };
 
 /// How often components are sampled.
@@ -127,7 +132,7 @@ async fn levels(
             break;
         }
         let mut scenario = driver.level(repeat, seed, &level).await?;
-        if let Some(fault) = driver.ground.stack.as_ref().and_then(Stack::fault) {
+        if let Some(fault) = driver.fault() {
             scenario.warnings.push(fault);
             scenario.valid = false;
         }
@@ -292,6 +297,7 @@ impl Driver<'_> {
     async fn level(&self, repeat: u32, seed: u64, level: &Level) -> Result<Scenario> {
         let spec = self.spec;
         self.begin(&level.level.map_or_else(String::new, |at| format!("at {at}")), level.asked_rps);
+        let load_before = environment::load_average();
         let before = self.predictions().await;
         let watching = self.watch(spec);
         let sampler = Sampler::start(self.ground.components.clone(), SAMPLE)?;
@@ -311,19 +317,38 @@ impl Driver<'_> {
                 None
             }
         });
+        let (policy, gateway) = (self.policy_name(), self.gateway());
+        let arrivals: Vec<Arrival> = level.plan.requests.iter().filter_map(arrival).collect();
+        let dispersion = DISPERSION_WINDOWS
+            .iter()
+            .filter_map(|&window| {
+                let index = dispersion(&arrivals, spec.duration, window)?;
+                Some((window.as_secs_f64().to_string(), index))
+            })
+            .collect();
         let ideal = hits::ideal_hits(level.plan.requests.iter(), self.common.fleet.block_size);
         let options = MeasureOptions {
-            name: spec.name.clone(),
-            policy: self.policy_name(),
+            name: &spec.name,
+            policy: &policy,
             repeat,
             level: level.level,
             workload: spec.workload.to_string(),
             seed,
             asked_rps: level.asked_rps,
-            block_size: self.common.fleet.block_size,
+            block_size: u32::try_from(self.common.fleet.block_size).unwrap_or(u32::MAX),
+            pacing: Some(level.pacing),
+            threads: self.common.threads,
+            cores: environment::cores(),
+            load_before,
+            pods: self.ground.engines.len(),
+            gateway: &gateway,
+            dispersion,
+            prediction_source: "each answer",
             objectives: self.common.objectives.clone(),
             resources: Some(&sampled),
-            watched: watched.as_ref(),
+            probes: watched.as_ref().map_or(&[], |it| it.probes.as_slice()),
+            backlog: watched.as_ref().map_or(&[], |it| it.backlog.as_slice()),
+            event_bursts: watched.as_ref().map_or(&[], |it| it.event_bursts.as_slice()),
             ideal_hit_ratio: Some(ideal.ratio()),
             ..MeasureOptions::default()
         };
@@ -331,7 +356,10 @@ impl Driver<'_> {
         if let (Some(before), Some(after)) = (before, after) {
             add_predictions(&mut scenario, &before, &after);
         }
-        scenario.gateway = self.gateway();
+        if let Some(watched) = watched {
+            scenario.freshness_us = Some(watched.freshness);
+            scenario.storm = watched.storm;
+        }
         scenario.valid &= doubts.is_empty();
         scenario.warnings.extend(doubts);
         Ok(scenario)
@@ -395,6 +423,11 @@ impl Watching {
         };
         (self.origin, watched)
     }
+}
+
+/// When a request of an open loop is meant to come.
+fn arrival(request: &Planned) -> Option<Arrival> {
+    request.at.map(|at| Arrival { at, burst: request.burst })
 }
 
 /// The same with times from the first request's.

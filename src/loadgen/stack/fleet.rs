@@ -109,6 +109,12 @@ pub struct FleetArguments {
     /// Microseconds of every step that makes further tokens.
     #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_step)]
     decode_us_per_step: f64,
+    /// Microseconds of such a step for each request in it: answers come more slowly under load.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_sequence)]
+    decode_us_per_sequence: f64,
+    /// Microseconds of a request before it is queued; they keep nobody else waiting.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().request_us)]
+    request_us: f64,
     /// Factor of all times; 0 = as fast as possible.
     #[arg(long, value_name = "FACTOR", default_value_t = Pace::default().scale)]
     time_scale: f64,
@@ -144,6 +150,8 @@ impl FleetArguments {
                 step_us: self.step_us,
                 prefill_us_per_token: self.prefill_us_per_token,
                 decode_us_per_step: self.decode_us_per_step,
+                decode_us_per_sequence: self.decode_us_per_sequence,
+                request_us: self.request_us,
                 scale: self.time_scale,
             },
         };
