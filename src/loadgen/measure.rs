@@ -27,8 +27,10 @@ use super::{
 };
 use crate::support::clock::unix_ns;
 
-const MS: f64 = 1e-6;
-const S: f64 = 1e-9;
+/// Nanoseconds in a millisecond; dividing by it keeps round numbers round.
+const MS: f64 = 1e6;
+/// Nanoseconds in a second.
+const S: f64 = 1e9;
 
 /// Sent ÷ asked, at least.
 const ACHIEVED: f64 = 0.99;
@@ -130,7 +132,7 @@ impl fmt::Display for Objectives {
         let given = each.iter().filter_map(|(name, value)| Some((name, (*value)?)));
         for (at, (name, value)) in given.enumerate() {
             let between = if at == 0 { "" } else { "," };
-            write!(f, "{between}{name}={}ms", value.as_nanos() as f64 * MS)?;
+            write!(f, "{between}{name}={}ms", value.as_nanos() as f64 / MS)?;
         }
         Ok(())
     }
@@ -214,8 +216,8 @@ pub fn scenario(driven: &Driven, plan: &Plan, options: &MeasureOptions<'_>) -> S
     let exchanges = &driven.exchanges;
     let begin = exchanges.iter().map(|exchange| exchange.intended_ns).min().unwrap_or(0);
     let end = exchanges.iter().map(|exchange| exchange.ended_ns).max().unwrap_or(begin);
-    let duration_s = ns_since(end, begin) * S;
-    let sending_s = driven.sending.as_secs_f64() - begin as f64 * S;
+    let duration_s = ns_since(end, begin) / S;
+    let sending_s = driven.sending.as_secs_f64() - begin as f64 / S;
     let per_s = |count: u64, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
 
     let mut errors_by_label = BTreeMap::new();
@@ -239,7 +241,7 @@ pub fn scenario(driven: &Driven, plan: &Plan, options: &MeasureOptions<'_>) -> S
     };
     let picks: Vec<f64> = exchanges
         .iter()
-        .filter_map(|exchange| Some(ns_since(exchange.picked_ns?, exchange.sent_ns) * MS))
+        .filter_map(|exchange| Some(ns_since(exchange.picked_ns?, exchange.sent_ns) / MS))
         .collect();
     let (pods, imbalance) = pods(exchanges, plan, options.pods);
 
@@ -276,13 +278,13 @@ pub fn scenario(driven: &Driven, plan: &Plan, options: &MeasureOptions<'_>) -> S
         ttft_ms: firsts(|exchange| exchange.intended_ns),
         ttft_from_send_ms: firsts(|exchange| exchange.sent_ns),
         dispatch_delay_ms: stats::percentiles(
-            exchanges.iter().map(|exchange| ns_since(exchange.sent_ns, exchange.intended_ns) * MS),
+            exchanges.iter().map(|exchange| ns_since(exchange.sent_ns, exchange.intended_ns) / MS),
         ),
         pick_ms: (!picks.is_empty()).then(|| stats::percentiles(picks)),
-        itl_ms: stats::from_histogram(&driven.gaps, MS),
+        itl_ms: stats::from_histogram(&driven.gaps, 1.0 / MS),
         tpot_ms: stats::percentiles(
             completed()
-                .filter_map(|exchange| Some(per_token_ns(exchange, exchange.output_tokens)? * MS)),
+                .filter_map(|exchange| Some(per_token_ns(exchange, exchange.output_tokens)? / MS)),
         ),
         latency_ms: stats::percentiles(exchanges.iter().filter_map(latency)),
         goodput: options.objectives.map(|objectives| goodput(objectives, exchanges, duration_s)),
@@ -299,7 +301,7 @@ pub fn scenario(driven: &Driven, plan: &Plan, options: &MeasureOptions<'_>) -> S
         ..Scenario::default()
     };
     scenario.resources.values_mut().for_each(|used| used.per_request(requests));
-    let clocks_apart_s = (unix_ns() as f64 - driven.started_unix_ns as f64) * S
+    let clocks_apart_s = (unix_ns() as f64 - driven.started_unix_ns as f64) / S
         - driven.started.elapsed().as_secs_f64();
     judge(&mut scenario, driven, plan, options, clocks_apart_s);
     scenario
@@ -316,7 +318,7 @@ fn waited(exchange: &Exchange) -> bool {
 
 /// To the first token, milliseconds.
 fn first_token(exchange: &Exchange, from: fn(&Exchange) -> u64) -> Option<Observed> {
-    let since = |ns| ns_since(ns, from(exchange)) * MS;
+    let since = |ns| ns_since(ns, from(exchange)) / MS;
     match exchange.first_token_ns {
         Some(first) => Some(since(first).into()),
         None if waited(exchange) => {
@@ -328,7 +330,7 @@ fn first_token(exchange: &Exchange, from: fn(&Exchange) -> u64) -> Option<Observ
 
 /// To the end of the answer, milliseconds.
 fn latency(exchange: &Exchange) -> Option<Observed> {
-    let value = ns_since(exchange.ended_ns, exchange.intended_ns) * MS;
+    let value = ns_since(exchange.ended_ns, exchange.intended_ns) / MS;
     let censored = waited(exchange);
     (censored || exchange.ended == Ended::Complete).then_some(Observed { value, censored })
 }
@@ -460,7 +462,7 @@ fn bursts(driven: &Driven, plan: &Plan) -> Option<Bursts> {
         count: releases.len() as u64,
         size,
         release_ms: stats::percentiles(
-            releases.iter().map(|release| release.spread_ns as f64 * MS),
+            releases.iter().map(|release| release.spread_ns as f64 / MS),
         ),
         ttft_ms: stats::percentiles(inside.filter_map(|e| first_token(e, |e| e.intended_ns))),
         recovery_s: recovery(driven, plan),
@@ -497,7 +499,7 @@ fn recovery(driven: &Driven, plan: &Plan) -> Percentiles {
             .windows(RECOVERY_WINDOW)
             .find(|window| median(window).is_some_and(|median| median < 2.0 * usual));
         let until = over.and_then(|window| window.first()).or(after.last())?;
-        let value = ns_since(until.0, *begin) * S;
+        let value = ns_since(until.0, *begin) / S;
         Some(Observed { value, censored: over.is_none() })
     }))
 }
@@ -510,7 +512,7 @@ fn slice(duration_s: f64) -> f64 {
 
 fn timeline(driven: &Driven, options: &MeasureOptions<'_>) -> Vec<Moment> {
     let end = driven.exchanges.iter().map(|exchange| exchange.ended_ns).max().unwrap_or(0);
-    let duration_s = driven.elapsed.as_secs_f64().max(end as f64 * S);
+    let duration_s = driven.elapsed.as_secs_f64().max(end as f64 / S);
     if duration_s <= 0.0 {
         return Vec::new();
     }
@@ -526,10 +528,10 @@ fn timeline(driven: &Driven, options: &MeasureOptions<'_>) -> Vec<Moment> {
     let mut firsts = vec![Vec::new(); slices];
     let mut changes = Vec::with_capacity(2 * driven.exchanges.len());
     for exchange in &driven.exchanges {
-        let arrival = place(exchange.intended_ns as f64 * S);
+        let arrival = place(exchange.intended_ns as f64 / S);
         moments[arrival].arrivals += 1;
         firsts[arrival].extend(first_token(exchange, |e| e.intended_ns));
-        let ended = &mut moments[place(exchange.ended_ns as f64 * S)];
+        let ended = &mut moments[place(exchange.ended_ns as f64 / S)];
         match exchange.ended {
             Ended::Complete => ended.complete += 1,
             Ended::Failed(_) => ended.errors += 1,
@@ -544,7 +546,7 @@ fn timeline(driven: &Driven, options: &MeasureOptions<'_>) -> Vec<Moment> {
     in_flight(&mut moments, changes, place);
 
     for release in &driven.releases {
-        moments[place(release.intended_ns as f64 * S)].burst = true;
+        moments[place(release.intended_ns as f64 / S)].burst = true;
     }
     let offset_s = options.origin.map_or(0.0, |origin| seconds(origin, driven.started));
     for [begin, _] in options.event_bursts {
@@ -588,7 +590,7 @@ fn in_flight(moments: &mut [Moment], mut changes: Vec<(u64, i64)>, place: impl F
     changes.sort_unstable();
     let (mut now, mut reached) = (0i64, 0);
     for (at, change) in changes {
-        let here = place(at as f64 * S);
+        let here = place(at as f64 / S);
         // What is in flight at the begin of a slice is in flight in it.
         for moment in &mut moments[reached..=here] {
             moment.in_flight = moment.in_flight.max(now.max(0) as u64);
@@ -682,7 +684,7 @@ fn judge(
              smaller, or give the load driver more threads or a core of its own",
             late.count(),
             driven.releases.len(),
-            worst as f64 * MS
+            worst as f64 / MS
         ));
     }
     let allowed = CLOCK_S + CLOCK_SHARE * driven.started.elapsed().as_secs_f64();
@@ -727,8 +729,8 @@ fn achieved(driven: &Driven, plan: &Plan) -> (f64, usize) {
     if due == 0 || count == 0 {
         return (1.0, due);
     }
-    let late_s = (ns_since(last_sent, last_at) * S - LAST_SEND_SLACK_S).max(0.0);
-    let in_time = 1.0 - late_s / (last_sent as f64 * S).max(f64::MIN_POSITIVE);
+    let late_s = (ns_since(last_sent, last_at) / S - LAST_SEND_SLACK_S).max(0.0);
+    let in_time = 1.0 - late_s / (last_sent as f64 / S).max(f64::MIN_POSITIVE);
     ((count as f64 / due as f64).min(in_time), due)
 }
 

@@ -200,7 +200,7 @@ pub fn block_bootstrap(
         let of_b = if a.len() == b.len() { of_a.clone() } else { starts(&mut random, b.len()) };
         versus.of(statistic(&mut draw(a, &of_a)), statistic(&mut draw(b, &of_b)))
     });
-    interval(draws.collect())
+    interval(&draws.collect::<Vec<_>>())
 }
 
 /// Returns the 95 % bootstrap interval of the median of repeats; `None` for fewer than three.
@@ -215,11 +215,11 @@ pub fn bootstrap_median(values: &[f64], seed: u64) -> Option<[f64; 2]> {
         drawn.fill_with(|| values[random.usize(0..values.len())]);
         median(&drawn)
     });
-    interval(draws.collect())
+    interval(&draws.collect::<Vec<_>>())
 }
 
-fn interval(draws: Vec<f64>) -> Option<[f64; 2]> {
-    let draws = sorted(&draws);
+fn interval(draws: &[f64]) -> Option<[f64; 2]> {
+    let draws = sorted(draws);
     let ends = [quantile(&draws, 0.025)?, quantile(&draws, 0.975)?];
     ends.iter().all(|end| end.is_finite()).then_some(ends)
 }
