@@ -153,17 +153,14 @@ mod tests {
             [some(1), some(2), none(0), none(0), none(0), none(0), some(3), none(0), none(0)]
         );
         let after: Vec<_> = plan.requests.iter().map(|it| it.after.map(|it| it.request)).collect();
-        assert_eq!(
-            after,
-            [None, None, Some(0), Some(1), Some(2), Some(3), None, Some(6), Some(7)]
-        );
+        assert_eq!(after, [None, None, Some(0), Some(1), Some(2), Some(3), None, Some(6), Some(7)]);
     }
 
     #[test]
     fn the_shorter_of_requests_and_arrivals_ends_a_plan() {
         let unique: Workload = "unique:prompt=5,output=1".parse().unwrap();
-        let arrivals = [Duration::ZERO, Duration::from_secs(1)]
-            .map(|at| Arrival { at, burst: Some(3) });
+        let arrivals =
+            [Duration::ZERO, Duration::from_secs(1)].map(|at| Arrival { at, burst: Some(3) });
         let plan = Plan::open(unique.requests(1, 5), &arrivals);
         assert_eq!(plan.requests.len(), 2);
         assert_eq!(plan.requests[1].at, Some(Duration::from_secs(1)));

@@ -207,7 +207,8 @@ impl Arrivals {
 #[must_use]
 pub fn dispersion(arrivals: &[Arrival], duration: Duration, window: Duration) -> Option<f64> {
     let windows = duration.as_nanos().checked_div(window.as_nanos())?;
-    let windows = usize::try_from(windows).ok().filter(|windows| (2..=1 << 24).contains(windows))?;
+    let windows =
+        usize::try_from(windows).ok().filter(|windows| (2..=1 << 24).contains(windows))?;
     let mut counts = vec![0_u32; windows];
     for arrival in arrivals {
         let at = usize::try_from(arrival.at.as_nanos() / window.as_nanos()).unwrap_or(usize::MAX);

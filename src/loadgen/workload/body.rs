@@ -9,10 +9,7 @@ use std::{collections::HashMap, io::Write as _};
 
 use bytes::Bytes;
 
-use super::{
-    Part, Planned, Prompt,
-    random::mix,
-};
+use super::{Part, Planned, Prompt, random::mix};
 
 /// Token ids of prompts are from this one on, so that all have five digits and none has a meaning of its
 /// own …
@@ -27,11 +24,12 @@ const SEEN: usize = 1 << 15;
 /// Words of texts: common ones, of four letters at most, which most tokenizers have as one token each.
 /// Their number is a power of two.
 const WORDS: [&str; 64] = [
-    "the", "and", "for", "are", "but", "not", "you", "all", "any", "can", "her", "was", "one", "our",
-    "out", "day", "get", "has", "him", "his", "how", "man", "new", "now", "old", "see", "two", "way",
-    "who", "did", "its", "let", "put", "say", "she", "too", "use", "that", "with", "have", "this",
-    "will", "your", "from", "they", "know", "want", "been", "good", "much", "some", "time", "very",
-    "when", "come", "here", "just", "like", "long", "make", "many", "more", "only", "over",
+    "the", "and", "for", "are", "but", "not", "you", "all", "any", "can", "her", "was", "one",
+    "our", "out", "day", "get", "has", "him", "his", "how", "man", "new", "now", "old", "see",
+    "two", "way", "who", "did", "its", "let", "put", "say", "she", "too", "use", "that", "with",
+    "have", "this", "will", "your", "from", "they", "know", "want", "been", "good", "much", "some",
+    "time", "very", "when", "come", "here", "just", "like", "long", "make", "many", "more", "only",
+    "over",
 ];
 
 /// What the prompt of a request looks like.
@@ -75,9 +73,7 @@ impl BodyWriter {
         let (open, after) = match form {
             BodyForm::Ids => (r#""prompt":["#, r#"],"max_tokens":"#),
             BodyForm::Text => (r#""prompt":""#, r#"","max_tokens":"#),
-            BodyForm::Chat => {
-                (r#""messages":[{"role":"user","content":""#, r#""}],"max_tokens":"#)
-            }
+            BodyForm::Chat => (r#""messages":[{"role":"user","content":""#, r#""}],"max_tokens":"#),
         };
         let end = if stream {
             r#","temperature":0,"ignore_eos":true,"stream":true,"stream_options":{"include_usage":true}}"#
@@ -120,7 +116,7 @@ impl BodyWriter {
             } else {
                 let start = fresh.len();
                 self.render(*part, &mut fresh);
-                fresh.drain(start..start + skip);
+                fresh.drain(start..(start + skip).min(fresh.len()));
             }
         }
         fresh.extend_from_slice(self.after.as_bytes());

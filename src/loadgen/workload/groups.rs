@@ -172,8 +172,9 @@ impl Workload {
                         while requests.len() < count && !order.is_empty() {
                             rng.shuffle(&mut order);
                             let left = order.iter().take(count - requests.len());
-                            requests
-                                .extend(left.map(|&(group, prompt)| self.pair(draw, group, prompt)));
+                            requests.extend(
+                                left.map(|&(group, prompt)| self.pair(draw, group, prompt)),
+                            );
                         }
                         requests
                     }
@@ -375,3 +376,6 @@ impl fmt::Display for Workload {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

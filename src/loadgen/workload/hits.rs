@@ -25,7 +25,11 @@ impl IdealHits {
     /// Hits by tokens, 0 to 1; 0 without any.
     #[must_use]
     pub fn ratio(&self) -> f64 {
-        if self.prompt_tokens == 0 { 0.0 } else { self.hit_tokens as f64 / self.prompt_tokens as f64 }
+        if self.prompt_tokens == 0 {
+            0.0
+        } else {
+            self.hit_tokens as f64 / self.prompt_tokens as f64
+        }
     }
 }
 
@@ -48,7 +52,8 @@ pub fn lru_hits<'a>(
 ) -> IdealHits {
     let mut cache = Lru { capacity, ..Lru::default() };
     hits(requests, block, |blocks, most| {
-        let found = blocks.iter().take(most).take_while(|key| cache.used.contains_key(*key)).count();
+        let found =
+            blocks.iter().take(most).take_while(|key| cache.used.contains_key(*key)).count();
         // What is found is held while room is made for the rest.
         for &key in blocks[..found].iter().chain(blocks.iter().rev()) {
             cache.touch(key);

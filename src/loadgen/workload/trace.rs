@@ -388,9 +388,10 @@ fn header(text: &str) -> Result<[usize; 3], String> {
     let columns: Vec<&str> = text.split(',').map(str::trim).collect();
     let mut positions = [0; 3];
     for (position, name) in positions.iter_mut().zip(AZURE) {
-        *position = columns.iter().position(|it| it.eq_ignore_ascii_case(name)).ok_or_else(|| {
-            format!("neither a JSON object nor a CSV header with the column {name}")
-        })?;
+        *position =
+            columns.iter().position(|it| it.eq_ignore_ascii_case(name)).ok_or_else(|| {
+                format!("neither a JSON object nor a CSV header with the column {name}")
+            })?;
     }
     Ok(positions)
 }
@@ -407,8 +408,9 @@ fn azure(text: &str, columns: [usize; 3]) -> Result<Row, String> {
         length(tokens, AZURE[at])
     };
     let text = cell(0)?;
-    let at = clock(text)
-        .ok_or_else(|| format!("{}: {text:?} is no time such as 2023-11-16 18:15:46.68", AZURE[0]))?;
+    let at = clock(text).ok_or_else(|| {
+        format!("{}: {text:?} is no time such as 2023-11-16 18:15:46.68", AZURE[0])
+    })?;
     Ok(Row { at, prompt_tokens: tokens(1)?, output_tokens: tokens(2)?, blocks: Vec::new() })
 }
 

@@ -80,13 +80,12 @@ impl Generate {
                 blocks.push(next_block);
                 next_block += 1;
             }
-            let line = serde_json::json!({
-                "timestamp": arrival.at.as_millis() as u64,
-                "input_length": input,
-                "output_length": self.output.draw(&mut rng, 1.0),
-                "hash_ids": blocks,
-            });
-            writeln!(out, "{line}")?;
+            writeln!(
+                out,
+                r#"{{"timestamp": {}, "input_length": {input}, "output_length": {}, "hash_ids": {blocks:?}}}"#,
+                arrival.at.as_millis(),
+                self.output.draw(&mut rng, 1.0),
+            )?;
             // The last block is reused only if it is whole.
             blocks.truncate((input / MOONCAKE_BLOCK) as usize);
             if recent.len() == RECENT {

@@ -1,10 +1,18 @@
 use std::collections::HashSet;
 
+use clap::Parser as _;
+
 use super::{
     generate::{Generate, Generated},
     *,
 };
 use crate::loadgen::workload::{Lengths, ideal_hits, lru_hits};
+
+#[derive(clap::Parser)]
+struct Command {
+    #[command(subcommand)]
+    command: command::TraceCommand,
+}
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/traces").join(name)
@@ -99,7 +107,10 @@ fn errors_name_file_line_and_field() {
         assert!(error.contains(want), "{text}: {error}");
     }
     let line = r#"{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}"#;
-    check(&format!("{line}\n{}", line.replace("600", "1600")), "trace.jsonl:2: hash_ids: 2 of them");
+    check(
+        &format!("{line}\n{}", line.replace("600", "1600")),
+        "trace.jsonl:2: hash_ids: 2 of them",
+    );
     check(&line.replace("600", "\"x\""), "trace.jsonl:1: input_length: invalid type");
     check(&line.replace("600", "-5"), "input_length: invalid value");
     check(&line.replace("600", "0"), "input_length: 0 is not from 1");
@@ -154,11 +165,30 @@ fn a_generated_trace_has_the_stated_share_and_burstiness() {
 
 #[test]
 fn the_committed_trace_is_read() {
-    let trace = Trace::open(&fixture("mooncake_small.jsonl"), &TraceOptions::default()).unwrap();
+    let path = fixture("mooncake_small.jsonl");
+    let mut made = Vec::new();
+    let line =
+        "trace generate --arrivals gamma:rate=4,cv=2 --duration 60s --cache-ratio 0.59 --seed 42";
+    command::run(&Command::parse_from(line.split(' ')).command, &mut made).unwrap();
+    assert!(std::fs::read(&path).unwrap() == made, "{} is another one", path.display());
+    let trace = Trace::open(&path, &TraceOptions::default()).unwrap();
     assert_eq!(trace.format, TraceFormat::Mooncake);
     assert!(trace.requests.len() > 100, "{}", trace.requests.len());
     let ratio = ideal_hits(trace.requests.iter(), 512).ratio();
     assert!((ratio - 0.59).abs() < 0.02, "{ratio}");
     let groups: HashSet<u32> = trace.requests.iter().map(|request| request.group).collect();
     assert!(groups.len() > 5 && groups.len() < trace.requests.len());
+}
+
+#[test]
+fn an_analysis_says_what_is_in_a_trace() {
+    let path = fixture("mooncake_small.jsonl");
+    let path = path.to_str().unwrap();
+    let line = ["trace", "analyze", path, "--block-size", "512", "--blocks", "500", "--to", "30s"];
+    let mut out = Vec::new();
+    command::run(&Command::parse_from(line).command, &mut out).unwrap();
+    let out = String::from_utf8(out).unwrap();
+    for part in ["Mooncake", "requests ", "dispersion ", "blocks of  512: ", "% with 500\n"] {
+        assert!(out.contains(part), "{out}");
+    }
 }
