@@ -114,11 +114,6 @@ impl Origin {
             tls: tls.then(name).transpose()?,
         })
     }
-
-    /// A pod, by its address.
-    pub(super) fn of(address: SocketAddr) -> Self {
-        Self { address, authority: address.to_string(), base: String::new(), tls: None }
-    }
 }
 
 /// A request on its way out.
