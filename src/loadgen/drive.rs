@@ -4,6 +4,9 @@
 //! | --- | --- |
 //! | [`client`] | one HTTP request, streamed and timed |
 //! | [`sse`] | server-sent events, as they come, without a copy |
+//! | `http` | an HTTP/1.1 answer without its framing; pure |
+//! | `lane` | one thread's part of the plan |
+//! | `pace` | waiting for a moment |
 //! | [`picker`] | Envoy's part towards an endpoint picker |
 //!
 //! # Model
@@ -22,22 +25,40 @@
 //! their number, conversations by their first one.
 
 pub mod client;
+mod http;
+mod lane;
+mod pace;
 pub mod picker;
 pub mod sse;
 
 use std::{
+    collections::HashMap,
     net::SocketAddr,
-    sync::Arc,
+    rc::Rc,
+    sync::{
+        Arc, Barrier, OnceLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
+use bytes::Bytes;
 use hdrhistogram::Histogram;
+use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
 
+pub use self::client::HttpOptions;
+use self::{
+    client::{Client, ClientOptions, Clock, Origin},
+    lane::{Brought, Lane, Shared, State},
+};
 use super::{
     progress::Progress,
-    workload::{BodyForm, Plan},
+    workload::{BodyForm, BodyWriter, Plan, Planned},
 };
+use crate::support::clock::unix_ns;
 
 /// Where requests go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +96,8 @@ pub struct Drive {
     pub model: String,
     /// What bodies look like.
     pub form: BodyForm,
+    /// TLS, and headers beside those that requests need.
+    pub http: HttpOptions,
     /// Nothing is sent after this time; `None` = the plan ends it.
     pub duration: Option<Duration>,
     /// How long answers may take after the last send; what is open then is `incomplete`.
@@ -214,13 +237,210 @@ pub struct Driven {
     pub unsent: usize,
 }
 
+/// How often requests in flight are counted.
+const SAMPLE: Duration = Duration::from_millis(10);
+/// Of gaps between pieces.
+const MAX_GAP: Duration = Duration::from_secs(3600);
+
 /// Sends the plan; returns when all have ended. Blocks the calling thread; needs no runtime.
 ///
 /// # Errors
 ///
-/// Threads or runtimes that cannot be started, and targets that are no addresses. What single requests
-/// run into is in their [`Exchange`].
+/// Threads or runtimes that cannot be started, targets that are no addresses, and plans in which a
+/// request comes after a later one. What single requests run into is in their [`Exchange`].
 pub fn run(drive: &Drive) -> anyhow::Result<Driven> {
-    let _ = drive;
-    anyhow::bail!("not built yet")
+    run_with(drive, || {
+        let mut writer = BodyWriter::new(drive.form, &drive.model);
+        move |request: &Planned| writer.write(request)
+    })
+}
+
+/// [`run`] with other bodies: `bodies` is called once on each thread, for what makes them there.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn run_with<B>(drive: &Drive, bodies: impl Fn() -> B + Sync) -> anyhow::Result<Driven>
+where
+    B: FnMut(&Planned) -> Vec<Bytes>,
+{
+    let gateway = match &drive.target {
+        Target::Gateway(url) => Some(Origin::resolve(url)?),
+        Target::Picker(_) => None,
+        Target::Direct(pods) => {
+            anyhow::ensure!(!pods.is_empty(), "no pods to send to");
+            None
+        }
+    };
+    let (firsts, turns) = order(&drive.plan)?;
+    let open = drive.pacing == Pacing::Open;
+    let places = match drive.pacing {
+        Pacing::Open => usize::MAX,
+        Pacing::Closed { concurrency } => concurrency.max(1),
+    };
+    let threads = drive.threads.min(places).min(firsts.len()).max(1);
+    // As many connections as the system lets us have; it says so when they are too few.
+    drop(rlimit::increase_nofile_limit(u64::MAX));
+    let shared = Shared {
+        turns,
+        firsts: if open { Vec::new() } else { firsts.clone() },
+        taken: AtomicUsize::new(0),
+        in_flight: AtomicU64::new(0),
+        sent: AtomicU64::new(0),
+        sending: AtomicUsize::new(threads),
+        stop: drive.cancel.child_token(),
+    };
+    let path = BodyWriter::new(drive.form, &drive.model).path();
+    let (barrier, started) = (Barrier::new(threads), OnceLock::<(Instant, u64)>::new());
+    let thread = |number: usize| -> anyhow::Result<(Brought, Duration)> {
+        let before = pace::thread_cpu();
+        // Whatever fails here, the other threads must not wait at the barrier for ever.
+        let meet = || {
+            barrier.wait();
+            Clock(started.get_or_init(|| (Instant::now(), unix_ns())).0)
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let brought = match runtime {
+            Err(error) => {
+                meet();
+                Err(error).context("starting a runtime")
+            }
+            Ok(runtime) => LocalSet::new().block_on(&runtime, async {
+                let options = ClientOptions {
+                    http: &drive.http,
+                    gateway: gateway.as_ref(),
+                    picker: match drive.target {
+                        Target::Picker(address) => Some(address),
+                        _ => None,
+                    },
+                    path,
+                    progress: &drive.progress,
+                };
+                let made = Client::new(options).and_then(|client| Ok((client, State::new()?)));
+                let (client, state) = match made {
+                    Ok(made) => made,
+                    Err(error) => {
+                        meet();
+                        return Err(error);
+                    }
+                };
+                let mine = firsts.iter().skip(number).step_by(threads).copied();
+                let mut lane = Lane {
+                    drive,
+                    shared: &shared,
+                    bodies: bodies(),
+                    client: Rc::new(client),
+                    clock: Clock(Instant::now()),
+                    places: places / threads + usize::from(number < places % threads),
+                    firsts: if open { mine.collect() } else { [].into() },
+                    gateway: gateway.as_ref().map(|origin| origin.address),
+                    state,
+                };
+                if open {
+                    lane.get_ready().await;
+                }
+                lane.clock = meet();
+                lane.client.start(lane.clock);
+                lane.run().await
+            }),
+        };
+        if brought.is_err() {
+            shared.sending.fetch_sub(1, Relaxed);
+            shared.stop.cancel();
+        }
+        Ok((brought?, pace::thread_cpu().saturating_sub(before)))
+    };
+    let mut in_flight = Histogram::new_with_bounds(1, 1 << 24, 3)?;
+    let brought: Vec<_> = thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads)
+            .map(|number| {
+                thread::Builder::new().name(format!("drive-{number}")).spawn_scoped(scope, {
+                    let thread = &thread;
+                    move || thread(number)
+                })
+            })
+            .collect();
+        while handles.iter().flatten().any(|handle| !handle.is_finished()) {
+            thread::sleep(SAMPLE);
+            if shared.sent.load(Relaxed) > 0 && shared.sending.load(Relaxed) > 0 {
+                in_flight.saturating_record(shared.in_flight.load(Relaxed));
+            }
+        }
+        let joined = handles.into_iter().map(|handle| {
+            handle
+                .context("starting a thread")?
+                .join()
+                .unwrap_or_else(|_| Err(anyhow::anyhow!("a thread that sends has failed")))
+        });
+        joined.collect::<anyhow::Result<_>>()
+    })?;
+    let (started, started_unix_ns) = *started.get().context("no thread has started")?;
+    let mut driven = Driven {
+        started,
+        started_unix_ns,
+        elapsed: Duration::ZERO,
+        sending: Duration::ZERO,
+        exchanges: Vec::new(),
+        gaps: gaps()?,
+        in_flight,
+        releases: Vec::new(),
+        cpu: Duration::ZERO,
+        unsent: 0,
+    };
+    for (brought, cpu) in brought {
+        driven.exchanges.extend(brought.exchanges);
+        driven.gaps.add(&brought.gaps)?;
+        driven.cpu += cpu;
+        driven.elapsed = driven.elapsed.max(Duration::from_nanos(brought.ended));
+        driven.sending = driven.sending.max(Duration::from_nanos(brought.last_sent));
+    }
+    driven.exchanges.sort_unstable_by_key(|exchange| exchange.request);
+    driven.unsent = drive.plan.requests.len() - driven.exchanges.len();
+    driven.releases = releases(&drive.plan, &driven.exchanges);
+    Ok(driven)
+}
+
+/// An empty histogram of gaps.
+fn gaps() -> anyhow::Result<Histogram<u64>> {
+    Ok(Histogram::new_with_bounds(1, lane::ns(MAX_GAP), 3)?)
+}
+
+/// The requests that wait for no other, in order; and those that wait for each.
+fn order(plan: &Plan) -> anyhow::Result<(Vec<u32>, HashMap<u32, Vec<u32>>)> {
+    let (mut firsts, mut turns) = (Vec::new(), HashMap::<u32, Vec<u32>>::new());
+    for (index, request) in plan.requests.iter().enumerate() {
+        let index = u32::try_from(index).context("a plan has fewer than 2^32 requests")?;
+        match request.after {
+            None => firsts.push(index),
+            Some(after) => {
+                anyhow::ensure!(
+                    after.request < index,
+                    "request {index} of the plan comes after request {}, which is not before it",
+                    after.request
+                );
+                turns.entry(after.request).or_default().push(index);
+            }
+        }
+    }
+    // Plans are in order already, but for merged ones.
+    firsts.sort_by_key(|index| plan.requests.get(*index as usize).and_then(|request| request.at));
+    Ok((firsts, turns))
+}
+
+/// How closely the requests of each burst were sent.
+fn releases(plan: &Plan, exchanges: &[Exchange]) -> Vec<Release> {
+    let mut bursts = std::collections::BTreeMap::<u32, (Release, u64, u64)>::new();
+    for exchange in exchanges {
+        let planned = plan.requests.get(exchange.request as usize);
+        let Some(burst) = planned.and_then(|planned| planned.burst) else { continue };
+        let (intended_ns, sent) = (exchange.intended_ns, exchange.sent_ns);
+        let new = Release { burst, intended_ns, requests: 0, spread_ns: 0 };
+        let (release, first, last) = bursts.entry(burst).or_insert((new, sent, sent));
+        release.intended_ns = release.intended_ns.min(intended_ns);
+        release.requests += 1;
+        *first = sent.min(*first);
+        *last = sent.max(*last);
+        release.spread_ns = *last - *first;
+    }
+    bursts.into_values().map(|(release, ..)| release).collect()
 }
