@@ -80,9 +80,6 @@ pub struct CapacityOptions {
     /// Further milliseconds for each request in it, likewise.
     #[arg(long, value_name = "MS", default_value_t = Constants::default().decode_ms_per_sequence)]
     decode_ms_per_sequence: f64,
-    /// Requests that the client has open at most; time to first token is from the send, as published.
-    #[arg(long, value_name = "N", default_value_t = Assumptions::default().in_flight)]
-    in_flight: usize,
     /// From one scrape of the pods' loads to the next, milliseconds.
     #[arg(long, value_name = "MS", default_value_t = Assumptions::default().scrape_ms)]
     scrape_ms: f64,
@@ -231,7 +228,6 @@ pub fn compare(options: &CapacityOptions) -> Result<Comparison> {
             decode_ms_per_sequence: options.decode_ms_per_sequence,
         },
         scale_tokens,
-        in_flight: options.in_flight,
         scrape_ms: options.scrape_ms,
         events_ms: options.events_ms,
     };

@@ -3,8 +3,7 @@
 //! # Model
 //!
 //! ```text
-//! arrival ──▶ client ── request_ms ──▶ picker ──▶ queue of a pod ──▶ steps ──▶ first token … last token
-//!    sends if fewer than in_flight are open
+//! arrival ── request_ms ──▶ picker ──▶ queue of a pod ──▶ steps ──▶ first token … last token
 //!              what the picker knows: loads of the last scrape; blocks, once their events have arrived
 //! ```
 //!
@@ -16,7 +15,7 @@
 //! About that of the schedulers: a second of CPU for some three million tokens.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap},
     time::Duration,
 };
 
@@ -49,8 +48,6 @@ pub struct Assumptions {
     pub constants: Constants,
     /// Factor of all lengths and caches.
     pub scale_tokens: f64,
-    /// Requests that the client has open at most; further ones it sends late.
-    pub in_flight: usize,
     /// From one scrape of the pods' loads to the next, milliseconds.
     pub scrape_ms: f64,
     /// From a step's end until its events are in the index, milliseconds.
@@ -60,13 +57,7 @@ pub struct Assumptions {
 impl Default for Assumptions {
     /// Whole tokens, and the picker's default interval.
     fn default() -> Self {
-        Self {
-            constants: Constants::default(),
-            scale_tokens: 1.0,
-            in_flight: 1_000,
-            scrape_ms: 50.0,
-            events_ms: 1.0,
-        }
+        Self { constants: Constants::default(), scale_tokens: 1.0, scrape_ms: 50.0, events_ms: 1.0 }
     }
 }
 
@@ -77,7 +68,7 @@ pub struct StageOutcome {
     pub rate: f64,
     /// Requests; all of them were answered.
     pub requests: usize,
-    /// Time to first token from the send, seconds.
+    /// Time to first token from the intended arrival, seconds.
     pub ttft_p50_s: f64,
     /// 90th percentile of the same.
     pub ttft_p90_s: f64,
@@ -171,8 +162,6 @@ impl Traffic {
 }
 
 enum Happening {
-    /// The time for which a request is meant.
-    Arrive(usize),
     /// A request of the stage is at the picker.
     Pick(usize),
     /// A pod's step ends.
@@ -193,8 +182,6 @@ struct Pod {
 struct Measured {
     // Seconds.
     ttft: Vec<f64>,
-    // When each request was sent.
-    sent: Vec<Duration>,
     open: usize,
     tokens: usize,
     // Sum over pods and scrapes, and how many these are.
@@ -248,10 +235,6 @@ struct Simulation {
     sequences: HashMap<Prompt, Sequence>,
     block_size: usize,
     before_queue: Duration,
-    // Requests of this stage whose time has come, and that the client may not send yet.
-    held_back: VecDeque<usize>,
-    in_flight: usize,
-    most_in_flight: usize,
     scrape: Duration,
     events: Duration,
     // Requests are named in the order in which they come; the first of this stage.
@@ -290,9 +273,6 @@ impl Simulation {
             sequences: HashMap::new(),
             block_size: options.block_size,
             before_queue: pace.request(),
-            held_back: VecDeque::new(),
-            in_flight: 0,
-            most_in_flight: assumed.in_flight.max(1),
             scrape: Duration::from_secs_f64(assumed.scrape_ms.max(1.0) / 1e3),
             events: Duration::from_secs_f64(assumed.events_ms / 1e3),
             first: 0,
@@ -302,13 +282,10 @@ impl Simulation {
     fn stage(&mut self, planned: &[Planned]) -> Measured {
         let start = self.now;
         let before = self.sums();
-        let mut measured = Measured {
-            open: planned.len(),
-            sent: vec![Duration::ZERO; planned.len()],
-            ..Measured::default()
-        };
+        let mut measured = Measured { open: planned.len(), ..Measured::default() };
         for (at, request) in planned.iter().enumerate() {
-            self.at(start + request.at.unwrap_or_default(), Happening::Arrive(at));
+            let intended = start + request.at.unwrap_or_default();
+            self.at(intended + self.before_queue, Happening::Pick(at));
         }
         self.at(start, Happening::Scrape);
         while measured.open > 0
@@ -318,11 +295,7 @@ impl Simulation {
             self.now = self.now.max(now);
             match happening {
                 Happening::Pick(at) => self.pick(at, &planned[at]),
-                Happening::Arrive(at) => {
-                    self.held_back.push_back(at);
-                    self.send(&mut measured);
-                }
-                Happening::Step(pod) => self.step(pod, &mut measured),
+                Happening::Step(pod) => self.step(pod, start, planned, &mut measured),
                 Happening::Seen(pod, changes) => self.known[pod].see(&changes),
                 Happening::Scrape => self.scrape(&mut measured),
             }
@@ -339,17 +312,6 @@ impl Simulation {
     fn at(&mut self, time: Duration, happening: Happening) {
         self.happenings.insert((time, self.happened), happening);
         self.happened += 1;
-    }
-
-    /// Sends what the client has, as long as it may.
-    fn send(&mut self, measured: &mut Measured) {
-        while self.in_flight < self.most_in_flight
-            && let Some(at) = self.held_back.pop_front()
-        {
-            self.in_flight += 1;
-            measured.sent[at] = self.now;
-            self.at(self.now + self.before_queue, Happening::Pick(at));
-        }
     }
 
     fn pick(&mut self, at: usize, planned: &Planned) {
@@ -381,20 +343,17 @@ impl Simulation {
         }
     }
 
-    fn step(&mut self, pod: usize, measured: &mut Measured) {
+    fn step(&mut self, pod: usize, start: Duration, planned: &[Planned], measured: &mut Measured) {
         let Outcome { outputs, events } = self.pods[pod].scheduler.finish();
         for output in &outputs {
             measured.tokens += 1;
             if output.first {
-                let sent = measured.sent[(output.request - self.first) as usize];
-                measured.ttft.push((self.now - sent).as_secs_f64());
+                let planned = &planned[(output.request - self.first) as usize];
+                let intended = start + planned.at.unwrap_or_default();
+                measured.ttft.push((self.now - intended).as_secs_f64());
             }
-            if output.last {
-                measured.open -= 1;
-                self.in_flight -= 1;
-            }
+            measured.open -= usize::from(output.last);
         }
-        self.send(measured);
         if !events.is_empty() {
             self.at(self.now + self.events, Happening::Seen(pod, changes(&events)));
         }
@@ -451,4 +410,26 @@ fn changes(events: &[Event]) -> Vec<(u64, i32)> {
 fn percentile(sorted: &[f64], share: f64) -> f64 {
     let rank = (share * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::loadgen::capacity::published::STUDY_73;
+
+    #[test]
+    fn the_shape_of_the_published_table_is_there() {
+        let assumed = Assumptions { scale_tokens: 0.05, ..Assumptions::default() };
+        let stages = [(3.0, 10.0), (30.0, 25.0)].map(|(rate, seconds)| Stage { rate, seconds });
+        let run = |policy: &Policy| simulate(&STUDY_73, &stages, policy, 1, &assumed);
+        let (random, precise) = (run(&Policy::Random), run(&Policy::Precise));
+        assert_eq!(precise, run(&Policy::Precise), "equal arguments, equal results");
+        let requests =
+            |it: &[StageOutcome]| it.iter().map(|stage| stage.requests).collect::<Vec<_>>();
+        assert_eq!(requests(&random), requests(&precise), "the same traffic");
+        assert!(random[0].ttft_p90_s < 5.0 && precise[0].ttft_p90_s < 2.0, "at 3 per second");
+        assert!(random[1].ttft_p90_s > 10.0 * precise[1].ttft_p90_s, "{random:?}\n{precise:?}");
+        assert!(precise[1].output_tps > 1.4 * random[1].output_tps, "{random:?}\n{precise:?}");
+        assert!(precise[1].hit_ratio > 0.8 && random[1].hit_ratio < 0.4);
+    }
 }
