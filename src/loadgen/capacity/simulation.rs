@@ -411,3 +411,25 @@ fn percentile(sorted: &[f64], share: f64) -> f64 {
     let rank = (share * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::loadgen::capacity::published::STUDY_73;
+
+    #[test]
+    fn the_shape_of_the_published_table_is_there() {
+        let assumed = Assumptions { scale_tokens: 0.05, ..Assumptions::default() };
+        let stages = [(3.0, 10.0), (30.0, 25.0)].map(|(rate, seconds)| Stage { rate, seconds });
+        let run = |policy: &Policy| simulate(&STUDY_73, &stages, policy, 1, &assumed);
+        let (random, precise) = (run(&Policy::Random), run(&Policy::Precise));
+        assert_eq!(precise, run(&Policy::Precise), "equal arguments, equal results");
+        let requests =
+            |it: &[StageOutcome]| it.iter().map(|stage| stage.requests).collect::<Vec<_>>();
+        assert_eq!(requests(&random), requests(&precise), "the same traffic");
+        assert!(random[0].ttft_p90_s < 5.0 && precise[0].ttft_p90_s < 2.0, "at 3 per second");
+        assert!(random[1].ttft_p90_s > 10.0 * precise[1].ttft_p90_s, "{random:?}\n{precise:?}");
+        assert!(precise[1].output_tps > 1.4 * random[1].output_tps, "{random:?}\n{precise:?}");
+        assert!(precise[1].hit_ratio > 0.8 && random[1].hit_ratio < 0.4);
+    }
+}
