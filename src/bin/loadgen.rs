@@ -1,5 +1,5 @@
-//! `loadgen`: plays recorded KV-event streams or a mock engine, and drives load; without a subcommand, a
-//! demo of the indexer.
+//! `loadgen`: the load driver; without a subcommand, a short version of its scenarios on a fleet of mock
+//! engines.
 
 use std::{
     ffi::OsString,
@@ -32,32 +32,54 @@ use kv_indexer::{
         freshness::command::{self as storm_command, StormArguments},
         null_pod,
         play::{self, PlayOptions},
-        workload::trace::command::{self as trace, TraceCommand},
+        report::compare::{self, CompareOptions},
+        scenario::{
+            self,
+            command::{Asked, RunTrace, Steady, Sweep, Throughput},
+            quick::Quick,
+        },
         stack::{
             fleet::{self, FleetArguments},
             guard,
         },
-        report::compare::{self, CompareOptions},
+        workload::trace::command::{self as trace, TraceCommand},
     },
     support::signal::cancel_on_terminate,
 };
 use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-/// Plays recorded KV-event streams over real sockets, and drives load. Without a command: shows, in a few seconds, what
-/// the indexer makes of three recorded engines.
+/// Drives load at gateways, endpoint pickers and fleets of engines, and measures what routing is worth. Without a
+/// command: a short version of steady, throughput and sweep, and of workloads on which prefixes are worth little,
+/// on processes of its own.
 #[derive(Debug, Parser)]
-#[command(name = "loadgen", version)]
+#[command(name = "loadgen", version, args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
-    /// Demo: use this running indexer (gRPC) instead of starting one.
-    #[arg(long, value_name = "http://HOST:PORT")]
-    indexer: Option<String>,
+    #[command(flatten)]
+    quick: Quick,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// One request after another, or a constant rate.
+    Steady(Box<Steady>),
+    /// As many requests in parallel as asked, one level after the other.
+    Throughput(Box<Throughput>),
+    /// Irregular arrivals with bursts of requests, and bursts of events.
+    Sweep(Box<Sweep>),
+    /// Recorded traffic: sends it, makes traces, and says what is in them.
+    #[command(subcommand)]
+    Trace(TraceAction),
+    /// Tells what changed between two reports; exit status 2 if something became worse.
+    Compare(CompareOptions),
+    /// Measures how late an indexer is, idle and under bursts of events.
+    Storm(StormArguments),
+    /// Puts published results of routing policies beside what our model of an engine says.
+    Capacity(CapacityOptions),
+    /// Shows what an indexer makes of three recorded engines.
+    Demo(DemoArguments),
     /// Publishes recorded streams as the engines that sent them.
     Replay(PlayOptions),
     /// Plays Envoy's part towards an endpoint picker and reports its speed and cost.
@@ -67,9 +89,6 @@ enum Command {
     Null(NullArguments),
     /// Runs a mock inference engine until SIGINT or SIGTERM.
     Engine(EngineArguments),
-    /// Recorded traffic: makes traces, and says what is in them.
-    #[command(subcommand)]
-    Trace(TraceCommand),
     /// Runs several mock inference engines until SIGINT or SIGTERM, and prints where each one is.
     Fleet(FleetArguments),
     /// Runs a part of a stack, which ends with its parent: when standard input ends.
@@ -93,12 +112,21 @@ struct ComponentArguments {
     /// Its command line.
     #[arg(last = true)]
     line: Vec<OsString>,
-    /// Puts published results of routing policies beside what our model of an engine says.
-    Capacity(CapacityOptions),
-    /// Measures how late an indexer is, idle and under bursts of events.
-    Storm(StormArguments),
-    /// Tells what changed between two reports.
-    Compare(CompareOptions),
+}
+
+#[derive(Debug, Subcommand)]
+enum TraceAction {
+    /// Sends a trace, each request at its time.
+    Run(Box<RunTrace>),
+    #[command(flatten)]
+    Tool(TraceCommand),
+}
+
+#[derive(Debug, clap::Args)]
+struct DemoArguments {
+    /// Use this running indexer (gRPC) instead of starting one.
+    #[arg(long, value_name = "http://HOST:PORT")]
+    indexer: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -114,26 +142,66 @@ struct NullArguments {
     destination: Vec<SocketAddr>,
 }
 
+/// A command line that cannot be read; `EX_USAGE` of sysexits.h.
+const USAGE: u8 = 64;
+/// A report that is not valid, where that was asked for.
+const NOT_VALID: u8 = 3;
+/// Something became worse.
+const WORSE: u8 = 2;
+
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and versions go to standard output and are no fault.
+            let status = if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+            // Nobody may be reading.
+            error.print().unwrap_or_default();
+            return status;
+        }
+    };
     let stop = CancellationToken::new();
     let outcome = match arguments.command {
+        None => return scenarios(arguments.quick.asked()),
+        Some(Command::Steady(steady)) => return scenarios(steady.asked()),
+        Some(Command::Throughput(it)) => return scenarios(it.asked()),
+        Some(Command::Sweep(sweep)) => return scenarios(sweep.asked()),
+        Some(Command::Trace(TraceAction::Run(it))) => return scenarios(it.asked()),
+        Some(Command::Trace(TraceAction::Tool(command))) => trace::run(&command, &mut io::stdout()),
+        Some(Command::Compare(options)) => match compare::run(&options, &mut io::stdout()) {
+            Ok(true) => return ExitCode::from(WORSE),
+            outcome => outcome.map(drop),
+        },
+        Some(Command::Storm(arguments)) => storm(&arguments),
+        Some(Command::Capacity(options)) => capacity::run(&options, &mut io::stdout()),
+        Some(Command::Demo(arguments)) => show(arguments.indexer),
         Some(Command::Replay(options)) => replay(options),
         Some(Command::ExtProc(options)) => drive(&options),
         Some(Command::Null(arguments)) => null(&arguments, stop),
         Some(Command::Engine(arguments)) => engine(arguments),
-        Some(Command::Trace(command)) => trace::run(&command, &mut io::stdout()),
         Some(Command::Fleet(arguments)) => run_fleet(arguments, stop),
         Some(Command::Component(arguments)) => return component(arguments, stop),
-        Some(Command::Capacity(options)) => capacity::run(&options, &mut io::stdout()),
-        Some(Command::Storm(arguments)) => storm(&arguments),
-        Some(Command::Compare(options)) => match compare::run(&options, &mut io::stdout()) {
-            Ok(true) => return ExitCode::from(2),
-            outcome => outcome.map(drop),
-        },
-        None => show(arguments.indexer),
     };
     end(outcome)
+}
+
+/// Runs scenarios until they are through or a signal comes, and writes their report in any case.
+fn scenarios(asked: Result<Asked>) -> ExitCode {
+    let run = || {
+        let Asked { specs, common, outputs, strict } = asked?;
+        let runtime = tokio::runtime::Runtime::new()?;
+        let report = runtime.block_on(async {
+            let stop = CancellationToken::new();
+            let _signals = cancel_on_terminate(stop.clone())?;
+            scenario::run(&specs, &common, &stop).await
+        })?;
+        outputs.write(&report, &mut io::stdout())?;
+        Ok(strict && !report.valid)
+    };
+    match run() {
+        Ok(true) => ExitCode::from(NOT_VALID),
+        outcome => end(outcome.map(drop)),
+    }
 }
 
 /// The status of a command that ended, and what went wrong on standard error.

@@ -21,7 +21,11 @@ pub mod arm;
 pub mod command;
 pub mod quick;
 
-use std::{io::Write, path::PathBuf, time::{Duration, Instant}};
+use std::{
+    io::Write,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use tokio_util::sync::CancellationToken;
@@ -29,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use crate::support::clock::unix_ns;
 
 use super::{
+    drive::HttpOptions,
     environment,
     freshness::StormOptions,
     measure::Objectives,
@@ -47,7 +52,12 @@ pub enum Load {
     /// Open loops, one after the other.
     Arrivals(Vec<Arrivals>),
     /// Requests with times of their own.
-    Recorded(Vec<Planned>),
+    Recorded {
+        /// Where they come from.
+        source: String,
+        /// The requests, by their times.
+        requests: Vec<Planned>,
+    },
 }
 
 /// What the requests of a scenario are made from.
@@ -55,8 +65,8 @@ pub enum Load {
 pub struct Spec {
     /// Its name in the report.
     pub name: String,
-    /// What is asked; of no account if the requests are recorded.
-    pub workload: Workload,
+    /// What is asked; `None` if the requests are recorded.
+    pub workload: Option<Workload>,
     /// When.
     pub load: Load,
     /// How long each level lasts.
@@ -73,6 +83,18 @@ pub struct Spec {
     pub policies: Vec<Policy>,
     /// How often.
     pub repeats: u32,
+}
+
+impl Spec {
+    /// What is asked, as text.
+    #[must_use]
+    pub fn described(&self) -> String {
+        match (&self.load, &self.workload) {
+            (Load::Recorded { source, .. }, _) => source.clone(),
+            (_, Some(workload)) => workload.to_string(),
+            (_, None) => String::new(),
+        }
+    }
 }
 
 /// Something that runs already and is not ours.
@@ -97,6 +119,8 @@ pub struct Common {
     pub launch: Launch,
     /// Envoy's binary; `None` = we play its part.
     pub envoy: Option<PathBuf>,
+    /// How connections are made.
+    pub http: HttpOptions,
     /// Served model name.
     pub model: String,
     /// What bodies look like.

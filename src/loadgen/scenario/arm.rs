@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Common, Load, Spec};
 use crate::loadgen::{
-    environment,
     drive::{self, Drive, Driven, Ended, Pacing, Target},
+    environment,
     freshness::{self, WatchOptions, Watched},
     measure::{self, MeasureOptions},
     progress::{Arm, Display, Progress},
@@ -54,8 +54,10 @@ struct Ground {
 
 impl Ground {
     async fn start(spec: &Spec, policy: &Policy, common: &Common) -> Result<Self> {
-        let ourselves =
-            Component { name: "loadgen".to_owned(), sources: vec![Source::Pid(std::process::id())] };
+        let ourselves = Component {
+            name: "loadgen".to_owned(),
+            sources: vec![Source::Pid(std::process::id())],
+        };
         if let Some(there) = &common.elsewhere {
             let mut components = there.components.clone();
             components.push(ourselves);
@@ -124,7 +126,7 @@ async fn levels(
     let seed = common.seed.wrapping_add(u64::from(repeat));
     let progress = Arc::new(Progress::default());
     let display = Display::start(Arc::clone(&progress), common.display);
-    let driver = Driver { common, ground, progress: &progress, cancel, spec, policy, place };
+    let mut driver = Driver { common, ground, progress: &progress, cancel, spec, policy, place };
     warm_up(spec, seed, &driver).await?;
     let mut scenarios = Vec::new();
     for level in planned(spec, seed) {
@@ -159,14 +161,15 @@ fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
     let mut take = |count: usize| {
         let from = begun;
         begun += count as u64;
-        spec.workload.requests_from(seed, from, count)
+        spec.workload.as_ref().map_or_else(Vec::new, |it| it.requests_from(seed, from, count))
     };
     let most = spec.requests.unwrap_or(usize::MAX);
     match &spec.load {
         Load::Concurrency(levels) => levels
             .iter()
             .map(|&concurrency| {
-                let wanted = PER_PLACE_AND_SECOND * concurrency as f64 * spec.duration.as_secs_f64();
+                let wanted =
+                    PER_PLACE_AND_SECOND * concurrency as f64 * spec.duration.as_secs_f64();
                 let count = (wanted as usize).clamp(concurrency, MOST_PLANNED).min(most);
                 Level {
                     plan: Plan::closed(take(count)),
@@ -181,8 +184,8 @@ fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
             .iter()
             .enumerate()
             .map(|(at, arrivals)| {
-                let mut times =
-                    arrivals.times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
+                let mut times = arrivals
+                    .times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
                 times.truncate(most);
                 let plan = Plan::open(take(times.len()), &times);
                 let level = (levels.len() > 1).then_some(arrivals.rate());
@@ -190,7 +193,7 @@ fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
                 Level { plan, pacing: Pacing::Open, level, asked_rps, duration: None }
             })
             .collect(),
-        Load::Recorded(requests) => {
+        Load::Recorded { requests, .. } => {
             let plan = Plan { requests: requests.iter().take(most).cloned().collect() };
             vec![Level { plan, pacing: Pacing::Open, level: None, asked_rps: None, duration: None }]
         }
@@ -205,11 +208,12 @@ async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
         return Ok(());
     }
     let mut residents = match &spec.load {
-        Load::Recorded(requests) => requests.iter().take(1).cloned().collect(),
-        _ => spec.workload.residents(seed),
+        Load::Recorded { requests, .. } => requests.iter().take(1).cloned().collect(),
+        _ => spec.workload.as_ref().map_or_else(Vec::new, |it| it.residents(seed)),
     };
     if residents.is_empty() {
-        residents = spec.workload.requests(seed ^ 0x5eed, 1);
+        // Its seed is one that no level has.
+        residents = spec.workload.as_ref().map_or_else(Vec::new, |it| it.requests(!seed, 1));
     }
     for request in &mut residents {
         (request.at, request.after, request.burst) = (None, None, None);
@@ -217,7 +221,8 @@ async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
     let rest = if spec.warm { residents.split_off(1.min(residents.len())) } else { Vec::new() };
     residents.truncate(1);
     driver.begin("first probe", None);
-    let first = driver.send(Plan::closed(residents), Pacing::Closed { concurrency: 1 }, None).await?;
+    let first =
+        driver.send(Plan::closed(residents), Pacing::Closed { concurrency: 1 }, None).await?;
     if let [probe] = first.exchanges.as_slice() {
         // What somebody else's servers answer is for the report to say.
         if let (Ended::Failed(failure), true) = (&probe.ended, ours) {
@@ -247,7 +252,7 @@ async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
 /// What it takes to send.
 struct Driver<'a> {
     common: &'a Common,
-    ground: &'a Ground,
+    ground: &'a mut Ground,
     progress: &'a Arc<Progress>,
     cancel: &'a CancellationToken,
     spec: &'a Spec,
@@ -270,17 +275,13 @@ impl Driver<'_> {
         });
     }
 
-    async fn send(
-        &self,
-        plan: Plan,
-        pacing: Pacing,
-        duration: Option<Duration>,
-    ) -> Result<Driven> {
+    async fn send(&self, plan: Plan, pacing: Pacing, duration: Option<Duration>) -> Result<Driven> {
         let common = self.common;
         let drive = Drive {
             plan,
             target: self.ground.target.clone(),
             pacing,
+            http: common.http.clone(),
             model: common.model.clone(),
             form: common.form,
             duration,
@@ -292,6 +293,11 @@ impl Driver<'_> {
             cancel: self.cancel.clone(),
         };
         tokio::task::spawn_blocking(move || drive::run(&drive)).await.context("sending panicked")?
+    }
+
+    /// A process of ours that ended by itself.
+    fn fault(&mut self) -> Option<String> {
+        self.ground.stack.as_mut()?.fault()
     }
 
     async fn level(&self, repeat: u32, seed: u64, level: &Level) -> Result<Scenario> {
@@ -332,7 +338,7 @@ impl Driver<'_> {
             policy: &policy,
             repeat,
             level: level.level,
-            workload: spec.workload.to_string(),
+            workload: spec.described(),
             seed,
             asked_rps: level.asked_rps,
             block_size: u32::try_from(self.common.fleet.block_size).unwrap_or(u32::MAX),

@@ -1,6 +1,10 @@
 //! `loadgen steady`, `throughput`, `sweep` and `trace run`: their flags.
 
-use std::{net::SocketAddr, path::{Path, PathBuf}, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -9,15 +13,16 @@ use super::{Common, Elsewhere, Load, Outputs, Spec};
 use crate::{
     loadgen::{
         capacity,
+        drive::HttpOptions,
         engine::Pace,
         freshness::StormOptions,
         measure::Objectives,
         progress,
         resources::{Component, Watched},
         stack::{FleetOptions, FleetPorts, Launch, Policy, envoy},
-        workload::{Arrivals, BodyForm, Workload},
+        workload::{Arrivals, BodyForm, Workload, trace::command::TraceArguments},
     },
-    support::units,
+    support::{tls::ClientTls, units},
 };
 
 /// One request after another, or a constant rate.
@@ -73,6 +78,29 @@ pub struct Sweep {
     shared: Shared,
 }
 
+/// Sends a recorded trace, each request at its time.
+#[derive(Clone, Debug, Args)]
+pub struct RunTrace {
+    #[command(flatten)]
+    trace: TraceArguments,
+    #[command(flatten)]
+    shared: Shared,
+}
+
+impl RunTrace {
+    /// Reads the trace and checks the flags.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the file or a flag.
+    pub fn asked(self) -> Result<Asked> {
+        let trace = self.trace.open(self.shared.seed)?;
+        let source = format!("trace:{}", self.trace.file.display());
+        let load = Load::Recorded { source, requests: trace.requests };
+        self.shared.asked("trace", load, None)
+    }
+}
+
 /// What all scenarios take.
 #[derive(Clone, Debug, Args)]
 pub struct Shared {
@@ -111,6 +139,15 @@ pub struct Shared {
     /// Put real Envoy in front: its binary, or the one on PATH.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "envoy")]
     envoy: Option<PathBuf>,
+    /// Certificates that an https target is trusted by, PEM; the system's without it.
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// Take every certificate of an https target.
+    #[arg(long)]
+    insecure: bool,
+    /// A header of every request, such as 'authorization: Bearer …'; may be repeated.
+    #[arg(long, value_name = "NAME: VALUE")]
+    header: Vec<String>,
     /// Served model name.
     #[arg(long, default_value = "mock")]
     model: String,
@@ -226,11 +263,11 @@ impl FleetFlags {
     }
 }
 
-/// A scenario that was asked for: what to run, and what to do with its report.
+/// What was asked for: what to run, and what to do with its report.
 #[derive(Debug)]
 pub struct Asked {
-    /// The scenario.
-    pub spec: Spec,
+    /// The scenarios, in order.
+    pub specs: Vec<Spec>,
     /// What it runs against.
     pub common: Common,
     /// Where the report goes.
@@ -317,16 +354,18 @@ impl Shared {
         load: Load,
         storm: Option<StormOptions>,
     ) -> Result<Asked> {
+        let recorded = matches!(load, Load::Recorded { .. });
         let elsewhere = self.elsewhere()?;
         let policies = match &elsewhere {
             // Somebody else decides.
             Some(_) => vec![Policy::Constant],
             None => policies(&self.policies)?,
         };
+        let http = self.http()?;
         let envoy = self.envoy.as_deref().map(find_envoy).transpose()?;
         let spec = Spec {
             name: name.to_owned(),
-            workload: self.workload,
+            workload: (!recorded).then_some(self.workload),
             load,
             duration: self.duration,
             requests: self.requests,
@@ -339,8 +378,9 @@ impl Shared {
         let common = Common {
             elsewhere,
             fleet: self.fleet.options(&self.model),
-            launch: self.fleet.launch(),
+            launch: Launch { render: self.form != BodyForm::Ids, ..self.fleet.launch() },
             envoy,
+            http,
             model: self.model,
             form: self.form,
             seed: self.seed,
@@ -352,7 +392,19 @@ impl Shared {
             objectives: self.slo,
             display: display(self.quiet),
         };
-        Ok(Asked { spec, common, outputs: self.outputs, strict: self.strict })
+        Ok(Asked { specs: vec![spec], common, outputs: self.outputs, strict: self.strict })
+    }
+
+    fn http(&self) -> Result<HttpOptions> {
+        let header = |text: &String| {
+            let (name, value) =
+                text.split_once(':').with_context(|| format!("--header {text:?}: NAME: VALUE"))?;
+            Ok((name.trim().to_ascii_lowercase(), value.trim().to_owned()))
+        };
+        Ok(HttpOptions {
+            tls: ClientTls { ca: self.tls_ca.clone(), insecure_skip_verify: self.insecure },
+            headers: self.header.iter().map(header).collect::<Result<_>>()?,
+        })
     }
 
     fn elsewhere(&self) -> Result<Option<Elsewhere>> {
@@ -363,11 +415,12 @@ impl Shared {
             return Ok(None);
         };
         let mut components: Vec<Component> = Vec::new();
-        let mut add = |name: &str, source: Watched| {
-            match components.iter_mut().find(|component| component.name == name) {
-                Some(component) => component.sources.push(source),
-                None => components.push(Component { name: name.to_owned(), sources: vec![source] }),
-            }
+        let mut add = |name: &str, source: Watched| match components
+            .iter_mut()
+            .find(|component| component.name == name)
+        {
+            Some(component) => component.sources.push(source),
+            None => components.push(Component { name: name.to_owned(), sources: vec![source] }),
         };
         for text in &self.pid {
             let (name, pid) = text.split_once('=').context("--pid: NAME=PID")?;
@@ -450,10 +503,7 @@ mod tests {
     fn all_are_the_five_once() {
         let names: Vec<_> =
             policies("precise,all").unwrap().iter().map(ToString::to_string).collect();
-        assert_eq!(
-            names,
-            ["precise", "random", "round-robin", "least-load", "approximate"]
-        );
+        assert_eq!(names, ["precise", "random", "round-robin", "least-load", "approximate"]);
         assert!(policies("fastest").is_err());
     }
 }

@@ -6,9 +6,13 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::Result;
 use clap::Args;
 
-use super::{Common, Load, Outputs, Spec, command};
+use super::{
+    Common, Load, Outputs, Spec,
+    command::{self, Asked},
+};
 use crate::loadgen::{
     capacity,
+    drive::HttpOptions,
     stack::{FleetOptions, Launch, Policy},
     workload::BodyForm,
 };
@@ -23,7 +27,11 @@ const SHARED: &str = "shared-prefix:groups=30,prompts=5,system=600,question=120,
 const LOSING: [(&str, &str, f64); 5] = [
     ("unique", "unique:prompt=720,output=16", 40.0),
     ("one-prefix", "one-prefix:system=600,question=120,output=16", 100.0),
-    ("zipf-1.2", "shared-prefix:groups=30,prompts=5,system=600,question=120,output=16,zipf=1.2", 100.0),
+    (
+        "zipf-1.2",
+        "shared-prefix:groups=30,prompts=5,system=600,question=120,output=16,zipf=1.2",
+        100.0,
+    ),
     ("short", "short:prompt=32,output=16", 150.0),
     ("under-used", SHARED, 15.0),
 ];
@@ -50,19 +58,6 @@ pub struct Quick {
     quiet: bool,
 }
 
-/// What is run, on what, and where its report goes.
-#[derive(Debug)]
-pub struct Asked {
-    /// The scenarios, in order.
-    pub specs: Vec<Spec>,
-    /// What they have in common.
-    pub common: Common,
-    /// Where the report goes.
-    pub outputs: Outputs,
-    /// Exit with 3 if it is not valid.
-    pub strict: bool,
-}
-
 impl Quick {
     /// The scenarios.
     ///
@@ -80,6 +75,7 @@ impl Quick {
             },
             launch: Launch::default(),
             envoy: self.envoy.as_deref().map(command::find_envoy).transpose()?,
+            http: HttpOptions::default(),
             model: "mock".to_owned(),
             form: BodyForm::Ids,
             seed: self.seed,
@@ -100,7 +96,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
     let few = [Policy::Random, Policy::Approximate, Policy::Precise];
     let base = Spec {
         name: "steady".to_owned(),
-        workload: workload(SHARED)?,
+        workload: Some(workload(SHARED)?),
         load: Load::Concurrency(vec![1]),
         duration: Duration::from_secs(3),
         requests: None,
@@ -129,7 +125,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
     for (name, text, rate) in LOSING {
         specs.push(Spec {
             name: name.to_owned(),
-            workload: workload(text)?,
+            workload: Some(workload(text)?),
             load: Load::Arrivals(vec![command::arrivals("poisson", rate)?]),
             duration: Duration::from_secs(2),
             freshness: false,

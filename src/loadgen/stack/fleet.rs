@@ -176,6 +176,8 @@ impl FleetOptions {
             format!("--step-us={}", pace.step_us),
             format!("--prefill-us-per-token={}", pace.prefill_us_per_token),
             format!("--decode-us-per-step={}", pace.decode_us_per_step),
+            format!("--decode-us-per-sequence={}", pace.decode_us_per_sequence),
+            format!("--request-us={}", pace.request_us),
             format!("--time-scale={}", pace.scale),
             format!("--listen={}", ports.http),
             format!("--events-port={}", ports.events),
@@ -304,6 +306,8 @@ mod tests {
             step_us: 1.5,
             prefill_us_per_token: 0.25,
             decode_us_per_step: 7.0,
+            decode_us_per_sequence: 8.0,
+            request_us: 9.0,
             scale: 0.125,
         };
         let options = FleetOptions {
