@@ -6,7 +6,7 @@ use super::{
     generate::{Generate, Generated},
     *,
 };
-use crate::loadgen::workload::{Lengths, ideal_hits, lru_hits};
+use crate::loadgen::workload::{Lengths, hits::lru_hits, ideal_hits};
 
 #[derive(clap::Parser)]
 struct Command {
