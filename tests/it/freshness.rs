@@ -68,7 +68,7 @@ fn stores_and_removes_are_seen_and_a_delay_shows() {
     for kind in ["store.idle", "remove.idle"] {
         assert!(freshness.kinds[kind].n >= 10, "{freshness:?}");
     }
-    assert!(freshness.resolution_us.unwrap() > 0.0);
+    assert!(freshness.resolution_us.unwrap() > 1.0);
     // Theirs is when it was visible, ours when an answer showed it: later, or the clocks are wrong.
     let difference = freshness.difference.as_ref().unwrap();
     assert!(difference.n > 0 && difference.p50.unwrap() > 0.0, "{difference:?}");

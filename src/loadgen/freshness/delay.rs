@@ -107,7 +107,7 @@ impl Shared {
                 let Ok(client) = client else { continue };
                 if lock(&self.open).len() < MOST_CONNECTIONS {
                     // A connection that cannot be served is closed, and its owner comes again.
-                    self.serve(scope, client).unwrap_or_default();
+                    self.serve(scope, &client).unwrap_or_default();
                 }
             }
             for (client, target) in lock(&self.open).iter() {
@@ -121,7 +121,7 @@ impl Shared {
     fn serve<'scope>(
         &'scope self,
         scope: &'scope thread::Scope<'scope, '_>,
-        client: TcpStream,
+        client: &TcpStream,
     ) -> io::Result<()> {
         let target = TcpStream::connect_timeout(&self.target, Duration::from_secs(5))?;
         client.set_nodelay(true)?;

@@ -62,9 +62,11 @@ pub(super) struct Poller {
 impl Poller {
     pub(super) async fn open(client: &mut Client) -> anyhow::Result<Self> {
         let (asks, requests) = mpsc::channel(1);
+        // To a minute.
+        let gaps = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
         let answers =
             client.score_stream(ReceiverStream::new(requests)).await.context("ScoreStream")?;
-        Ok(Self { asks, answers: answers.into_inner(), last: None, gaps: Histogram::new(3)? })
+        Ok(Self { asks, answers: answers.into_inner(), last: None, gaps })
     }
 
     /// Asks. `fresh` = there was nothing to look for before.
