@@ -24,6 +24,7 @@ mod precise_remote;
 mod replay_tool;
 mod report;
 mod resources;
+mod scenarios;
 mod service;
 mod stack;
 mod streams;

@@ -91,7 +91,9 @@ fn scenarios(report: &Value) -> &Vec<Value> {
 /// The fields that consumers rely on.
 #[track_caller]
 fn check_fields(scenario: &Value) {
-    for path in ["/requests", "/errors", "/throughput_rps", "/ttft_ms/p50", "/ttft_ms/p95", "/ttft_ms/p99"] {
+    for path in
+        ["/requests", "/errors", "/throughput_rps", "/ttft_ms/p50", "/ttft_ms/p95", "/ttft_ms/p99"]
+    {
         number(scenario, path);
     }
     for name in ["loadgen", "epp", "engines"] {
@@ -167,7 +169,9 @@ fn sweep_has_bursts_of_requests_and_of_events() {
     assert!(number(storm, "/blocks") >= 4000.0);
     assert_eq!((&storm["lost_batches"], &storm["wrong_pods"]), (&0.into(), &Value::Array(vec![])));
     assert!(number(storm, "/drain_ms/p50") > 0.0);
-    assert!(scenario["timeline"].as_array().unwrap().iter().any(|moment| moment["event_burst"] == true));
+    assert!(
+        scenario["timeline"].as_array().unwrap().iter().any(|moment| moment["event_burst"] == true)
+    );
     assert!(scenario["timeline"].as_array().unwrap().iter().any(|moment| moment["burst"] == true));
 }
 
@@ -221,17 +225,37 @@ fn traces_are_generated_and_sent() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("made.jsonl");
     let made = Command::new(env!("CARGO_BIN_EXE_loadgen"))
-        .args(["trace", "generate", "--requests=60", "--seed=3"])
-        .arg("--out")
+        .args([
+            "trace",
+            "generate",
+            "--arrivals=poisson:10",
+            "--duration=6s",
+            "--prompt-tokens=uniform(600,3000)",
+            "--output-tokens=8",
+            "--seed=3",
+        ])
+        .arg("--output")
         .arg(&file)
         .output()
         .unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let requests = std::fs::read_to_string(&file).unwrap().lines().count();
     let file = file.to_str().unwrap();
-    let run = Run::of(&["trace", "run", file, "--time-scale=0.2", "--engines=2", "--blocks=20000", "--speed=1000"]);
+    let run = Run::of(&[
+        "trace",
+        "run",
+        file,
+        "--time-scale=0.2",
+        "--engines=2",
+        "--blocks=20000",
+        "--speed=1000",
+    ]);
     let report = run.report();
     let [scenario] = scenarios(&report).as_slice() else { panic!("{report:#}") };
-    assert_eq!((&scenario["name"], number(scenario, "/requests")), (&"trace".into(), 60.0));
+    assert_eq!(
+        (&scenario["name"], number(scenario, "/requests")),
+        (&"trace".into(), requests as f64)
+    );
     assert!(number(scenario, "/hits/ideal_hit_ratio") > 0.0);
 }
 

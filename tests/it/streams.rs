@@ -288,6 +288,7 @@ fn joins_and_losses_are_played_as_they_should_be() {
 fn the_demo_shows_what_the_indexer_answers() {
     let fake = Fake::start(16, Fault::None);
     let demo = std::process::Command::new(env!("CARGO_BIN_EXE_loadgen"))
+        .arg("demo")
         .arg(format!("--indexer=http://{}", fake.grpc))
         .output()
         .unwrap();

@@ -48,7 +48,6 @@ struct Ground {
     indexer: Option<SocketAddr>,
     indexer_pid: Option<u32>,
     engines: Vec<EngineAddress>,
-    ext_proc: Option<SocketAddr>,
     components: Vec<Component>,
 }
 
@@ -67,7 +66,6 @@ impl Ground {
                 indexer: there.indexer,
                 indexer_pid: None,
                 engines: Vec::new(),
-                ext_proc: None,
                 components,
             });
         }
@@ -86,7 +84,6 @@ impl Ground {
             indexer: stack.indexer(),
             indexer_pid: stack.indexer_pid(),
             engines: stack.engines().to_vec(),
-            ext_proc: stack.ext_proc(),
             components,
             stack: Some(stack),
         })

@@ -30,7 +30,8 @@ fn server(behaviour: Behaviour) -> SocketAddr {
     address
 }
 
-const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n";
+const HEAD: &str =
+    "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n";
 
 fn say(stream: &mut TcpStream, text: &str) {
     // A client that went away has said enough.
@@ -103,7 +104,12 @@ fn a_server_that_speaks_something_else() {
 #[test]
 fn a_server_that_refuses() {
     check(
-        |stream| say(stream, "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"),
+        |stream| {
+            say(
+                stream,
+                "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+            )
+        },
         "http_503",
     );
 }
@@ -113,7 +119,10 @@ fn an_error_inside_the_stream() {
     check(
         |stream| {
             say(stream, HEAD);
-            say(stream, "data: {\"error\":{\"message\":\"out of memory\",\"code\":500}}\n\ndata: [DONE]\n\n");
+            say(
+                stream,
+                "data: {\"error\":{\"message\":\"out of memory\",\"code\":500}}\n\ndata: [DONE]\n\n",
+            );
         },
         "error_in_stream",
     );
@@ -147,7 +156,13 @@ fn strict_runs_tell_by_their_exit_status() {
     let address = server(|_| {});
     let target = format!("--target=http://{address}");
     let run = Run::of(&[
-        "steady", &target, "--rate=20", "--requests=5", "--duration=1s", "--cold", "--strict",
+        "steady",
+        &target,
+        "--rate=20",
+        "--requests=5",
+        "--duration=1s",
+        "--cold",
+        "--strict",
     ]);
     assert_eq!(run.output.status.code(), Some(3), "{}", run.said());
     assert_eq!(run.written()["valid"], false);

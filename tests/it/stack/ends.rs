@@ -20,7 +20,7 @@ fn pids(stack: &Stack) -> Vec<u32> {
     let sources = stack.components().into_iter().flat_map(|component| component.sources);
     let pid = |watched| match watched {
         Watched::Pid(pid) => pid,
-        Watched::Cgroup(path) => panic!("{}", path.display()),
+        other => panic!("{other:?}"),
     };
     sources.map(pid).collect()
 }
