@@ -121,7 +121,7 @@ fn text() -> impl Strategy<Value = Value> {
 
 /// Names that matter, and others.
 fn name() -> impl Strategy<Value = String> {
-    let known = [
+    const KNOWN: [&str; 18] = [
         "choices",
         "usage",
         "error",
@@ -141,7 +141,7 @@ fn name() -> impl Strategy<Value = String> {
         "prompt_tokens_details",
         "id",
     ];
-    prop_oneof![4 => prop::sample::select(&known[..]).prop_map(str::to_owned), 1 => "[a\"\\\\]{0,3}"]
+    prop_oneof![4 => prop::sample::select(&KNOWN[..]).prop_map(str::to_owned), 1 => "[a\"\\\\]{0,3}"]
 }
 
 fn object(of: impl Strategy<Value = Value>) -> impl Strategy<Value = Value> {
