@@ -197,7 +197,7 @@ proptest! {
 
     #[test]
     fn nothing_panics(data in prop::collection::vec(any::<u8>(), 0..200), cut in any::<prop::sample::Index>()) {
-        drop(Said::of(&data));
+        let _said = Said::of(&data);
         let (a, b) = data.split_at(cut.index(data.len() + 1));
         prop_assert_eq!(events([a, b]), events([&data[..]]));
     }
