@@ -11,6 +11,7 @@ mod architecture;
 mod config;
 mod differential;
 mod discovery;
+mod drive;
 mod engine;
 mod epp;
 mod epp_config;
