@@ -167,7 +167,7 @@ fn whole_answers_count_too() {
 
 #[test]
 fn a_kept_connection_that_was_closed_is_replaced() {
-    const WHOLE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 40\r\n\r\n\
+    const WHOLE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 41\r\n\r\n\
                          {\"choices\":[{\"message\":{\"content\":\"a\"}}]}";
     // One answer for each connection, which says that it stays, and does not.
     let address = server(|stream| stream.write_all(WHOLE.as_bytes()).unwrap());

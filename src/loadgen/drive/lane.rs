@@ -164,7 +164,7 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
             }
             let now = self.clock.now();
             self.expire(now);
-            let mut wake = self.state.timeouts.front().map_or(u64::MAX, |(at, _)| *at);
+            let mut wake = u64::MAX;
             let mut soon = false;
             if sending {
                 // All that is due now goes out before anything else is looked at: a burst is one.
@@ -209,7 +209,9 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
                 }
             }
             let now = self.clock.now();
-            let wake = wake.min(end);
+            // Looked at after the sends, which bring timeouts of their own.
+            let timeout = self.state.timeouts.front().map_or(u64::MAX, |(at, _)| *at);
+            let wake = wake.min(end).min(timeout);
             let soon = soon || wake <= now;
             tokio::select! {
                 biased;
