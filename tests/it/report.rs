@@ -132,7 +132,8 @@ fn the_schema_lists_the_fields_that_are_written() {
     let schema: Value = serde_json::from_slice(&fs::read(schema_path()).unwrap()).unwrap();
     let mut seen = BTreeSet::new();
     same_fields(&schema, &schema, &serde_json::to_value(sample()).unwrap(), "report", &mut seen);
-    for path in ["report.scenarios[].storm.drain_ms.p999", "report.comparisons[].quantities{}.lost"] {
+    for path in ["report.scenarios[].storm.drain_ms.p999", "report.comparisons[].quantities{}.lost"]
+    {
         assert!(seen.contains(path), "{path} was not reached");
     }
 }
@@ -173,8 +174,7 @@ for document in documents:
         return println!("no jsonschema: not validated");
     }
     let said = String::from_utf8(output.stdout).unwrap();
-    let counts: Vec<&str> =
-        said.lines().filter(|line| line.parse::<u32>().is_ok()).collect();
+    let counts: Vec<&str> = said.lines().filter(|line| line.parse::<u32>().is_ok()).collect();
     assert_eq!(counts, ["0", "0", "3"], "{said}{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -225,13 +225,19 @@ fn a_lost_comparison_is_one_beyond_tolerance_and_interval() {
         let mut report = Report::default();
         for (repeat, (precise, random)) in ttfts.iter().enumerate() {
             for (policy, p50) in [("precise", precise), ("random", random)] {
-                let mut of = Scenario { policy: policy.to_owned(), repeat: repeat as u32, ..Scenario::default() };
+                let mut of = Scenario {
+                    policy: policy.to_owned(),
+                    repeat: repeat as u32,
+                    ..Scenario::default()
+                };
                 of.ttft_ms.p50 = Some(*p50);
                 report.scenarios.push(of);
             }
         }
         report.compare_policies();
-        let [comparison] = report.comparisons.as_slice() else { panic!("{:?}", report.comparisons) };
+        let [comparison] = report.comparisons.as_slice() else {
+            panic!("{:?}", report.comparisons)
+        };
         let difference = comparison.quantities["ttft_ms.p50"];
         assert!((difference.ratio - wanted_ratio).abs() < 1e-9, "{difference:?}");
         assert_eq!(difference.lost, lost, "{difference:?}");
@@ -251,11 +257,8 @@ fn a_lost_comparison_is_one_beyond_tolerance_and_interval() {
 #[test]
 fn summaries_are_medians_with_their_range() {
     let report = sample();
-    let steady = report
-        .summaries
-        .iter()
-        .find(|of| of.name == "steady" && of.policy == "precise")
-        .unwrap();
+    let steady =
+        report.summaries.iter().find(|of| of.name == "steady" && of.policy == "precise").unwrap();
     assert_eq!(steady.repeats, 2);
     let spread = steady.quantities["ttft_ms.p50"];
     assert!((spread.median - 24.0 * 1.01 * 1.01).abs() < 1e-9, "{spread:?}");
@@ -441,10 +444,20 @@ fn llmd_documents_keep_to_benchmark_report_0_2_1() {
         keys(of, &["version", "run", "scenario", "results"], &["version", "run", "results"]);
         assert_eq!(of["version"], "0.2.1");
         let load = &of["scenario"]["load"];
-        keys(load, &["metadata", "standardized", "native"], &["metadata", "standardized", "native"]);
+        keys(
+            load,
+            &["metadata", "standardized", "native"],
+            &["metadata", "standardized", "native"],
+        );
         let standardized = &load["standardized"];
         let allowed = [
-            "tool", "tool_version", "source", "stage", "input_seq_len", "output_seq_len", "rate_qps",
+            "tool",
+            "tool_version",
+            "source",
+            "stage",
+            "input_seq_len",
+            "output_seq_len",
+            "rate_qps",
             "concurrency",
         ];
         keys(standardized, &allowed, &["tool", "tool_version", "source", "input_seq_len"]);

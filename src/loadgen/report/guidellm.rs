@@ -179,8 +179,7 @@ fn metrics(of: &Scenario, totals: &Value) -> Value {
     let (prompt, output) =
         (by_request(of, of.prompt_tokens_per_s), by_request(of, of.output_tokens_per_s));
     let open = of.pacing == LoopKind::Open;
-    let planned =
-        |of: &Percentiles| if open { statuses(summary(of, 1e-3)) } else { Value::Null };
+    let planned = |of: &Percentiles| if open { statuses(summary(of, 1e-3)) } else { Value::Null };
     json!({
         "request_totals": totals,
         "requests_per_second": mean(of.throughput_rps),
@@ -218,13 +217,7 @@ fn statuses(summary: Value) -> Value {
 /// A distribution of which only one value is known.
 fn fixed(value: f64, n: u64) -> Value {
     let known = Some(value);
-    let of = Percentiles {
-        n,
-        mean: known,
-        min: known,
-        max: known,
-        ..Percentiles::default()
-    };
+    let of = Percentiles { n, mean: known, min: known, max: known, ..Percentiles::default() };
     summary(&of, 1.0)
 }
 

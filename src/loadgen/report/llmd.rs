@@ -238,7 +238,9 @@ fn without_null(value: Value) -> Value {
     match value {
         Value::Object(fields) => {
             let kept = fields.into_iter().filter(|(_, value)| !value.is_null());
-            Value::Object(kept.map(|(name, value)| (name, without_null(value))).collect::<Map<_, _>>())
+            Value::Object(
+                kept.map(|(name, value)| (name, without_null(value))).collect::<Map<_, _>>(),
+            )
         }
         Value::Array(entries) => entries.into_iter().map(without_null).collect(),
         other => other,

@@ -107,13 +107,22 @@ fn scenario(name: &str, groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Res
 
 fn latencies(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
     let mut table = Table::new(&[
-        "policy", "level", "requests", "errors", "asked", "in flight", "req/s", "TTFT p50", "p95",
-        "p99 ms", "sent p95", "ITL p50", "p99 ms",
+        "policy",
+        "level",
+        "requests",
+        "errors",
+        "asked",
+        "in flight",
+        "req/s",
+        "TTFT p50",
+        "p95",
+        "p99 ms",
+        "sent p95",
+        "ITL p50",
+        "p99 ms",
     ]);
     for group in groups {
-        let asked = over(group, |of| {
-            of.in_flight.asked.map(|asked| asked as f64).or(of.asked_rps)
-        });
+        let asked = over(group, |of| of.in_flight.asked.map(|asked| asked as f64).or(of.asked_rps));
         let unit = if group[0].in_flight.asked.is_none() && asked != "-" { "/s" } else { "" };
         table.row(vec![
             plain(&group[0].policy),
@@ -168,8 +177,19 @@ fn knees(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
 /// Hits, predictions, freshness and balance.
 fn index(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
     let mut table = Table::new(&[
-        "policy", "level", "hit", "ideal", "off tok", "regret tok", "fresh p50", "p99", "max us",
-        "lost", "vs WaitVisible us", "imbal", "goodput",
+        "policy",
+        "level",
+        "hit",
+        "ideal",
+        "off tok",
+        "regret tok",
+        "fresh p50",
+        "p99",
+        "max us",
+        "lost",
+        "vs WaitVisible us",
+        "imbal",
+        "goodput",
     ]);
     for group in groups {
         table.row(vec![
@@ -223,8 +243,15 @@ fn costs(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
 
 fn bursts(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
     let mut table = Table::new(&[
-        "bursts", "level", "count", "size", "release p50", "max ms", "TTFT p95 ms",
-        "recovery p50", "max s",
+        "bursts",
+        "level",
+        "count",
+        "size",
+        "release p50",
+        "max ms",
+        "TTFT p95 ms",
+        "recovery p50",
+        "max s",
     ]);
     for group in groups.iter().filter(|group| group.iter().any(|of| of.bursts.is_some())) {
         table.row(vec![
@@ -244,8 +271,19 @@ fn bursts(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
 
 fn storms(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
     let mut table = Table::new(&[
-        "event storm", "level", "blocks", "blocks/s", "backlog", "age ms", "drain p50", "max ms",
-        "lost", "gaps", "replays", "wrong pods", "ns/block",
+        "event storm",
+        "level",
+        "blocks",
+        "blocks/s",
+        "backlog",
+        "age ms",
+        "drain p50",
+        "max ms",
+        "lost",
+        "gaps",
+        "replays",
+        "wrong pods",
+        "ns/block",
     ]);
     for group in groups.iter().filter(|group| group.iter().any(|of| of.storm.is_some())) {
         table.row(vec![

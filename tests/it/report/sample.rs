@@ -26,8 +26,11 @@ pub(crate) fn sample() -> Report {
     let mut scenarios = Vec::new();
     for repeat in 0..REPEATS {
         for (name, levels) in SCENARIOS {
-            let asked: Vec<Option<f64>> =
-                if levels.is_empty() { vec![None] } else { levels.iter().copied().map(Some).collect() };
+            let asked: Vec<Option<f64>> = if levels.is_empty() {
+                vec![None]
+            } else {
+                levels.iter().copied().map(Some).collect()
+            };
             for level in asked {
                 for policy in POLICIES {
                     scenarios.push(scenario(name, level, policy, repeat));
@@ -114,7 +117,8 @@ fn scenario(
         repeat,
         level,
         pacing: if closed { LoopKind::Closed } else { LoopKind::Open },
-        workload: "shared-prefix:groups=150,prompts=5,system=600,question=120,output=100".to_owned(),
+        workload: "shared-prefix:groups=150,prompts=5,system=600,question=120,output=100"
+            .to_owned(),
         seed: 7 + u64::from(repeat),
         valid: !(is_sweep && policy == "random"),
         warnings: if is_sweep && policy == "random" {
@@ -125,7 +129,10 @@ fn scenario(
         duration_s: requests as f64 / rate,
         requests,
         errors,
-        errors_by_label: (errors > 0).then(|| ("http_503".to_owned(), errors)).into_iter().collect(),
+        errors_by_label: (errors > 0)
+            .then(|| ("http_503".to_owned(), errors))
+            .into_iter()
+            .collect(),
         incomplete,
         asked_rps: (!closed).then_some(20.0),
         sent_rps: rate,
@@ -191,10 +198,17 @@ fn scenario(
             regret_tokens: Some((requests as f64 * (0.94 - hits) * 100.0) as u64),
             source: "x-kv-predicted-tokens of the endpoint picker".to_owned(),
         }),
-        resources: [("epp", 0.21, 41), ("indexer", 0.09, 88), ("engines", 1.9, 120), ("loadgen", 0.12, 32)]
-            .into_iter()
-            .map(|(component, cpu_ms, mib)| (component.to_owned(), resources(cpu_ms * drift, mib, requests)))
-            .collect(),
+        resources: [
+            ("epp", 0.21, 41),
+            ("indexer", 0.09, 88),
+            ("engines", 1.9, 120),
+            ("loadgen", 0.12, 32),
+        ]
+        .into_iter()
+        .map(|(component, cpu_ms, mib)| {
+            (component.to_owned(), resources(cpu_ms * drift, mib, requests))
+        })
+        .collect(),
         gateway: "no gateway in this run".to_owned(),
         pods: (0..4_u64)
             .map(|pod| {
