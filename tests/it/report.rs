@@ -376,7 +376,7 @@ fn compare_as_a_program_ends_with_0_1_or_2() {
     check(&[before, slow], 0, "no limit was given");
     check(&[before, slow, "--fail-over", "0.6"], 0, "0 worse");
     check(&[before, "/does/not/exist.json"], 1, "/does/not/exist.json");
-    check(&[before, slow, "--fail-over", "5"], 2, "write 5% for a percentage");
+    check(&[before, slow, "--fail-over", "5"], 64, "write 5% for a percentage");
 }
 
 #[test]
