@@ -300,7 +300,6 @@ impl Driver<'_> {
     async fn level(&self, repeat: u32, seed: u64, level: &Level) -> Result<Scenario> {
         let spec = self.spec;
         self.begin(&level.level.map_or_else(String::new, |at| format!("at {at}")), level.asked_rps);
-        let load_before = environment::load_average();
         let before = self.predictions().await;
         let watching = self.watch(spec);
         let sampler = Sampler::start(self.ground.components.clone(), SAMPLE)?;
@@ -342,7 +341,6 @@ impl Driver<'_> {
             pacing: Some(level.pacing),
             threads: self.common.threads,
             cores: environment::cores(),
-            load_before,
             pods: self.ground.engines.len(),
             gateway: &gateway,
             dispersion,

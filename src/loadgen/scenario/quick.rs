@@ -18,21 +18,21 @@ use crate::loadgen::{
 };
 
 /// How many times faster than the fleet of the published benchmark the engines are.
-const SPEED: f64 = 10.0;
+const SPEED: f64 = 25.0;
 /// Factor of lengths.
 const TOKEN_SCALE: f64 = 0.1;
 /// 73 % of the fleet's caches, over and over.
-const SHARED: &str = "shared-prefix:groups=30,prompts=5,system=600,question=120,output=16";
+const SHARED: &str = "shared-prefix:groups=30,prompts=5,system=600,question=120,output=8";
 /// Workloads on which prefixes are worth little or nothing: name, workload, requests per second.
 const LOSING: [(&str, &str, f64); 5] = [
-    ("unique", "unique:prompt=720,output=16", 40.0),
-    ("one-prefix", "one-prefix:system=600,question=120,output=16", 100.0),
+    ("unique", "unique:prompt=720,output=8", 60.0),
+    ("one-prefix", "one-prefix:system=600,question=120,output=8", 120.0),
     (
         "zipf-1.2",
-        "shared-prefix:groups=30,prompts=5,system=600,question=120,output=16,zipf=1.2",
+        "shared-prefix:groups=30,prompts=5,system=600,question=120,output=8,zipf=1.2",
         100.0,
     ),
-    ("short", "short:prompt=32,output=16", 150.0),
+    ("short", "short:prompt=32,output=8", 150.0),
     ("under-used", SHARED, 15.0),
 ];
 
@@ -43,7 +43,7 @@ pub struct Quick {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// How often each workload of the second part is run with each policy.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     repeats: u32,
     /// Put real Envoy in front: its binary, or the one on PATH.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "envoy")]
@@ -98,7 +98,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
         name: "steady".to_owned(),
         workload: Some(workload(SHARED)?),
         load: Load::Concurrency(vec![1]),
-        duration: Duration::from_secs(3),
+        duration: Duration::from_secs(2),
         requests: None,
         storm: None,
         freshness: true,
@@ -112,7 +112,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
         duration: Duration::from_secs(2),
         ..base.clone()
     };
-    let process = command::arrivals("gamma", 60.0)?.with_bursts(40, Duration::from_secs(2));
+    let process = command::arrivals("gamma", 80.0)?.with_bursts(40, Duration::from_secs(2));
     let storm = "rate=10000,burst=20000,interval=2s".parse().map_err(anyhow::Error::msg)?;
     let sweep = Spec {
         name: "sweep".to_owned(),
