@@ -113,7 +113,7 @@ fn check(answer: &'static str, expected: Ended) -> Exchange {
 }
 
 #[track_caller]
-fn one(address: SocketAddr, expected: Ended) -> Exchange {
+fn one(address: SocketAddr, expected: &Ended) -> Exchange {
     let pacing = Pacing::Closed { concurrency: 1 };
     let begun = Instant::now();
     let driven = send(&Drive {
@@ -122,7 +122,7 @@ fn one(address: SocketAddr, expected: Ended) -> Exchange {
     });
     assert!(begun.elapsed() < Duration::from_secs(10), "took {:?}", begun.elapsed());
     let [exchange] = &driven.exchanges[..] else { panic!("{driven:?}") };
-    assert_eq!(exchange.ended, expected);
+    assert_eq!(&exchange.ended, expected);
     exchange.clone()
 }
 
@@ -148,11 +148,11 @@ fn what_goes_wrong_is_told_apart() {
         assert_eq!(check(answer, failed(failure)).pieces, pieces);
     }
     let silent = server(|_| thread::park());
-    let exchange = one(silent, failed(Failure::Timeout));
+    let exchange = one(silent, &failed(Failure::Timeout));
     assert!(exchange.ended_ns - exchange.sent_ns >= 500_000_000);
     // Nobody listens on a port that was just given back.
     let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
-    one(free, failed(Failure::Connect));
+    one(free, &failed(Failure::Connect));
 }
 
 #[test]

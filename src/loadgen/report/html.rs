@@ -53,9 +53,9 @@ pub fn page(report: &Report) -> String {
     html.push_str(&plots::all(report, &how));
     storms(report, &mut html);
     about(report, &mut html);
-    _ = write!(
+    _ = writeln!(
         html,
-        "</main><footer>kv-indexer loadgen {} · {}</footer><script>{SCRIPT}</script></body></html>\n",
+        "</main><footer>kv-indexer loadgen {} · {}</footer><script>{SCRIPT}</script></body></html>",
         escape(&shorten(&report.environment.version, 40)),
         escape(&shorten(&report.schema, 60)),
     );

@@ -31,15 +31,16 @@ use crate::loadgen::{
 const SAMPLE: Duration = Duration::from_millis(100);
 /// How many requests of the warm-up are in flight, by pod.
 const WARM_PER_POD: usize = 2;
-/// How many of a closed loop's requests are planned for each second and place in flight: more than any
-/// pod answers.
-const PER_PLACE_AND_SECOND: f64 = 400.0;
 /// The model that probes of freshness are stored for; no request names it.
 const PROBE_MODEL: &str = "loadgen-probe";
 /// How long the last probes, and what a storm left behind, may take.
 const WATCH_ENDS: Duration = Duration::from_secs(30);
-/// Requests of a closed loop that are planned at most.
-const MOST_PLANNED: usize = 400_000;
+/// Requests of a closed loop that are planned for each place and second, and for each second: more than
+/// any server answers.
+const PER_PLACE_AND_SECOND: f64 = 10_000.0;
+const PER_SECOND: f64 = 20_000.0;
+/// Requests of a level that are planned at most: they take some 200 bytes each.
+const MOST_PLANNED: usize = 150_000;
 
 /// Where an arm's requests go, and what belongs to it.
 struct Ground {
@@ -151,48 +152,43 @@ struct Level {
     duration: Option<Duration>,
 }
 
-/// All levels. Their requests go on where those of the level before ended, so that what is meant to be
-/// new is new.
-fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
+/// All levels, each made when it is taken. Their requests go on where those of the level before ended, so
+/// that what is meant to be new is new.
+fn planned(spec: &Spec, seed: u64) -> Box<dyn Iterator<Item = Level> + Send + '_> {
     let mut begun = 0;
-    let mut take = |count: usize| {
+    let mut take = move |count: usize| {
         let from = begun;
         begun += count as u64;
         spec.workload.as_ref().map_or_else(Vec::new, |it| it.requests_from(seed, from, count))
     };
     let most = spec.requests.unwrap_or(usize::MAX);
     match &spec.load {
-        Load::Concurrency(levels) => levels
-            .iter()
-            .map(|&concurrency| {
-                let wanted =
-                    PER_PLACE_AND_SECOND * concurrency as f64 * spec.duration.as_secs_f64();
-                let count = (wanted as usize).clamp(concurrency, MOST_PLANNED).min(most);
-                Level {
-                    plan: Plan::closed(take(count)),
-                    pacing: Pacing::Closed { concurrency },
-                    level: Some(concurrency as f64),
-                    asked_rps: None,
-                    duration: Some(spec.duration),
-                }
-            })
-            .collect(),
-        Load::Arrivals(levels) => levels
-            .iter()
-            .enumerate()
-            .map(|(at, arrivals)| {
-                let mut times = arrivals
-                    .times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
-                times.truncate(most);
-                let plan = Plan::open(take(times.len()), &times);
-                let level = (levels.len() > 1).then_some(arrivals.rate());
-                let asked_rps = Some(times.len() as f64 / spec.duration.as_secs_f64());
-                Level { plan, pacing: Pacing::Open, level, asked_rps, duration: None }
-            })
-            .collect(),
+        Load::Concurrency(levels) => Box::new(levels.iter().map(move |&concurrency| {
+            let per_second = (PER_PLACE_AND_SECOND * concurrency as f64).min(PER_SECOND);
+            let wanted = (per_second * spec.duration.as_secs_f64()) as usize;
+            let count = wanted.clamp(concurrency, MOST_PLANNED).min(most);
+            Level {
+                plan: Plan::closed(take(count)),
+                pacing: Pacing::Closed { concurrency },
+                level: Some(concurrency as f64),
+                asked_rps: None,
+                duration: Some(spec.duration),
+            }
+        })),
+        Load::Arrivals(levels) => Box::new(levels.iter().enumerate().map(move |(at, arrivals)| {
+            let mut times =
+                arrivals.times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
+            times.truncate(most);
+            let plan = Plan::open(take(times.len()), &times);
+            let level = (levels.len() > 1).then_some(arrivals.rate());
+            let asked_rps = Some(times.len() as f64 / spec.duration.as_secs_f64());
+            Level { plan, pacing: Pacing::Open, level, asked_rps, duration: None }
+        })),
         Load::Recorded { requests, .. } => {
             let plan = Plan { requests: requests.iter().take(most).cloned().collect() };
-            vec![Level { plan, pacing: Pacing::Open, level: None, asked_rps: None, duration: None }]
+            let level =
+                Level { plan, pacing: Pacing::Open, level: None, asked_rps: None, duration: None };
+            Box::new(std::iter::once(level))
         }
     }
 }
@@ -345,7 +341,7 @@ impl Driver<'_> {
             gateway: &gateway,
             dispersion,
             prediction_source: "each answer",
-            objectives: self.common.objectives.clone(),
+            objectives: self.common.objectives,
             resources: Some(&sampled),
             probes: watched.as_ref().map_or(&[], |it| it.probes.as_slice()),
             backlog: watched.as_ref().map_or(&[], |it| it.backlog.as_slice()),
@@ -360,6 +356,16 @@ impl Driver<'_> {
         if let Some(watched) = watched {
             scenario.freshness_us = Some(watched.freshness);
             scenario.storm = watched.storm;
+        }
+        if let (Pacing::Closed { .. }, Some(duration)) = (level.pacing, level.duration)
+            && spec.requests.is_none()
+            && driven.unsent == 0
+            && driven.sending < duration.mul_f64(0.9)
+        {
+            doubts.push(format!(
+                "all {} planned requests were sent before the time was over",
+                level.plan.requests.len()
+            ));
         }
         scenario.valid &= doubts.is_empty();
         scenario.warnings.extend(doubts);

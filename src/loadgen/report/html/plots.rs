@@ -262,11 +262,12 @@ fn load(report: &Report, how: &str) -> String {
         throughput.x_axis(unit).y_axis("complete answers per second");
         for levels in &levels {
             let (policy, class) = (levels.policy, policies.class(levels.policy));
-            let some = |of: fn(&(f64, Option<f64>, Option<f64>, f64)) -> Option<f64>| {
-                let points = levels.points.iter().filter_map(|p| Some((p.0, of(p)?)));
-                points.collect::<Vec<_>>()
-            };
-            let (p50, p95, rate) = (some(|p| p.1), some(|p| p.2), some(|p| Some(p.3)));
+            let (mut p50, mut p95, mut rate) = (Vec::new(), Vec::new(), Vec::new());
+            for &(at, median, high, complete) in &levels.points {
+                p50.extend(median.map(|ms| (at, ms)));
+                p95.extend(high.map(|ms| (at, ms)));
+                rate.push((at, complete));
+            }
             latency.line(&p50, &format!("{class} dashed"), &format!("{policy}: P50"));
             latency.line(&p95, &class, &format!("{policy}: P95"));
             throughput.line(&rate, &class, policy);
