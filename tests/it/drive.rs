@@ -105,7 +105,7 @@ fn server(answer: impl Fn(&mut TcpStream) + Send + Sync + 'static) -> SocketAddr
 
 /// One request to a server that says this and closes.
 #[track_caller]
-fn check(answer: &'static str, expected: Ended) -> Exchange {
+fn check(answer: &'static str, expected: &Ended) -> Exchange {
     let address = server(move |stream| {
         stream.write_all(answer.as_bytes()).ok();
     });
@@ -131,12 +131,12 @@ const STREAM: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n
 #[test]
 fn what_goes_wrong_is_told_apart() {
     let failed = Ended::Failed;
-    check("", failed(Failure::Closed));
-    check("HTTP/1.1 200 OK\r\ncontent-type: text/ev", failed(Failure::Closed));
-    check("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", failed(Failure::Closed));
-    check("hello\r\n\r\n", failed(Failure::Garbled));
-    check("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", failed(Failure::Garbled));
-    check("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", failed(Failure::Status(503)));
+    check("", &failed(Failure::Closed));
+    check("HTTP/1.1 200 OK\r\ncontent-type: text/ev", &failed(Failure::Closed));
+    check("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", &failed(Failure::Closed));
+    check("hello\r\n\r\n", &failed(Failure::Garbled));
+    check("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", &failed(Failure::Garbled));
+    check("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", &failed(Failure::Status(503)));
     let bodies = [
         ("data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: {\"choi", Failure::Closed, 1),
         ("data: {\"choices\":[{\"text\":\"a\"}]}\n\n", Failure::Closed, 1),
@@ -145,7 +145,7 @@ fn what_goes_wrong_is_told_apart() {
     ];
     for (events, failure, pieces) in bodies {
         let answer: &str = Box::leak(format!("{STREAM}{events}").into_boxed_str());
-        assert_eq!(check(answer, failed(failure)).pieces, pieces);
+        assert_eq!(check(answer, &failed(failure)).pieces, pieces);
     }
     let silent = server(|_| thread::park());
     let exchange = one(silent, &failed(Failure::Timeout));
