@@ -161,7 +161,7 @@ fn whole_answers_count_too() {
         {\"choices\":[{\"message\":{\"content\":\"ok\"}}],\"usage\":{\"prompt_tokens\":8,\"completion_tokens\":2,\"x\":\"yyyyyyy\"}}";
     let (head, json) = answer.split_once("\r\n\r\n").unwrap();
     let answer = format!("{}\r\n\r\n{json}", head.replace("104", &json.len().to_string()));
-    let exchange = check(Box::leak(answer.into_boxed_str()), Ended::Complete);
+    let exchange = check(Box::leak(answer.into_boxed_str()), &Ended::Complete);
     assert_eq!((exchange.pieces, exchange.output_tokens, exchange.prompt_tokens), (1, 2, Some(8)));
 }
 
