@@ -153,7 +153,9 @@ fn a_full_report_is_drawn_on_every_screen() {
         assert!(!seen.text.contains("Not valid"));
         // A loss is said in words, too.
         assert!(seen.text.contains("1 loss"), "{}", seen.text);
-        for said in ["WaitVisible P50", "ours − WaitVisible: P50 45", "precise none, approximate 30"] {
+        for said in
+            ["WaitVisible P50", "ours − WaitVisible: P50 45", "precise none, approximate 30"]
+        {
             assert!(seen.text.contains(said), "no {said:?} in {}", seen.text);
         }
     }

@@ -174,15 +174,18 @@ impl Scale {
                 .flat_map(|decade| factors.iter().map(move |factor| factor * 10_f64.powi(decade)));
             all.filter(|t| *t >= self.low * 0.999 && *t <= self.high * 1.001).collect::<Vec<_>>()
         };
-        let all = with(&[1.0, 2.0, 5.0], 1);
-        if all.len() <= most {
-            return all;
-        }
-        let decades = (1..=6).map(|every| with(&[1.0], every)).find(|ticks| ticks.len() <= most);
-        match decades {
-            Some(decades) if decades.len() > 1 => decades,
-            _ => all.into_iter().step_by(2).take(most).collect(),
-        }
+        let sets: [(&[f64], usize); 6] = [
+            (&[1.0, 2.0, 5.0], 1),
+            (&[1.0, 3.0], 1),
+            (&[1.0], 1),
+            (&[1.0], 2),
+            (&[1.0], 3),
+            (&[1.0], 6),
+        ];
+        sets.into_iter()
+            .map(|(factors, every)| with(factors, every))
+            .find(|ticks| (2..=most).contains(&ticks.len()))
+            .unwrap_or_else(|| vec![self.low, self.high])
     }
 }
 
@@ -517,6 +520,7 @@ mod tests {
         check(Scale::from_zero([]), &[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]);
         check(Scale::from_zero([f64::NAN, -3.0, 100.0]), &[0.0, 20.0, 40.0, 60.0, 80.0, 100.0]);
         check(Scale::log([3.0, 40.0]), &[2.0, 5.0, 10.0, 20.0, 50.0]);
+        check(Scale::log([250.0, 21_000.0]), &[300.0, 1e3, 3e3, 1e4, 3e4]);
         check(Scale::log([1.0, 99_000.0]), &[1.0, 10.0, 100.0, 1e3, 1e4, 1e5]);
         check(Scale::log([0.0, -1.0, f64::NAN]), &[1.0, 2.0, 5.0, 10.0]);
         check(Scale::between(5.0, 5.0), &[5.0, 5.2, 5.4, 5.6, 5.8, 6.0]);

@@ -85,7 +85,7 @@ pub(super) fn freshness(report: &Report, how: &str) -> String {
         };
         let note = if all.iter().any(|f| f.wait_visible.is_some()) {
             format!(
-                "WaitVisible, of the same events: P50 {}, P99 {} µs; ours − WaitVisible: P50 {}, P99 {} µs",
+                "µs: WaitVisible P50 {}, P99 {}; ours − WaitVisible: P50 {}, P99 {}",
                 over(|p| p.p50, |f| &f.wait_visible),
                 over(|p| p.p99, |f| &f.wait_visible),
                 over(|p| p.p50, |f| &f.difference),
@@ -114,7 +114,7 @@ pub(super) fn freshness(report: &Report, how: &str) -> String {
              it: <code>store</code> and <code>remove</code>; <code>engine_step</code> from the end of an \
              engine’s step; <code>endpoint_picker</code> until the endpoint picker routes by it; each \
              under its condition. Medians of the repeats, the largest of all. <code>WaitVisible</code> is what the \
-             indexer itself says. {how}"
+             indexer itself says of the same events. {how}"
         ),
         key,
         &panels,

@@ -141,7 +141,7 @@ fn peaks(frame: &mut Frame, course: &[Moment], y: f64) {
         let x = frame.at_x(moment.at_s + moment.span_s) + 5.0;
         let end = x + 6.3 * word.chars().count() as f64;
         if x > free_from && end < WIDE - RIGHT {
-            frame.text(x, y, "start", "label", &word);
+            frame.text(x, y, "start", "label clear", &word);
             free_from = end + 4.0;
         }
     }
