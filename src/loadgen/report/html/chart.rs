@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 
 /// Points of a line that are kept. A chart is about 400 pixels wide, so that nothing visible is lost.
 const LINE_POINTS: usize = 240;
-/// A gap of a course that is bridged, in the units of the view box.
+/// A gap of a course that is bridged, in the units of the view box; three slices always are.
 const HOLD: f64 = 12.0;
 /// Width of the narrowest band.
 const BAND: f64 = 4.0;
@@ -349,9 +349,10 @@ impl Frame {
         let mut d = String::new();
         let mut before: Option<(f64, f64)> = None;
         for [begin, end, y] in columns {
+            let hold = HOLD.max(3.5 * (end - begin));
             _ = match before {
-                Some((until, level)) if begin - until < HOLD && level == y => Ok(()),
-                Some((until, _)) if begin - until < HOLD => write!(d, "H{begin:.1}V{y:.1}"),
+                Some((until, level)) if begin - until < hold && level == y => Ok(()),
+                Some((until, _)) if begin - until < hold => write!(d, "H{begin:.1}V{y:.1}"),
                 Some((until, _)) => write!(d, "H{until:.1}M{begin:.1} {y:.1}"),
                 None => write!(d, "M{begin:.1} {y:.1}"),
             };
