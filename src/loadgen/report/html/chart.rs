@@ -338,7 +338,7 @@ impl Frame {
                 continue;
             }
             let (begin, y) = (self.at_x(*begin), (self.at_y(*value) * 10.0).round() / 10.0);
-            let end = self.at_x(*end).max(begin + 0.5);
+            let end = self.at_x(*end).max(begin + 0.5).min(self.left + self.width);
             match columns.last_mut() {
                 Some(last) if last[0].floor() >= begin.floor() => {
                     (last[1], last[2]) = (last[1].max(end), last[2].min(y));
