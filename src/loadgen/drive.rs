@@ -106,8 +106,6 @@ pub struct Drive {
     pub timeout: Duration,
     /// Threads that send, at least 1.
     pub threads: usize,
-    /// Ask endpoint pickers and engines for what they predicted and reused.
-    pub want_hits: bool,
     /// Where the live numbers go.
     pub progress: Arc<Progress>,
     /// Ends it early; what was measured is returned.

@@ -38,7 +38,7 @@ use tonic::transport::{Channel, Endpoint};
 
 pub use self::storm::StormOptions;
 use self::storm::play::{Source, Storm, Totals};
-use super::{report, stack::EngineAddress};
+use super::{report, stack::EngineAddress, stats::percentiles};
 use crate::proto::kvindexer::{
     ListPodsRequest, Prompt, RegisterPodRequest, ScoreDetail, ScoreRequest, UnregisterPodRequest,
     WaitVisibleRequest, WaitVisibleResponse, kv_indexer_client::KvIndexerClient, prompt::Input,
@@ -427,34 +427,4 @@ fn cpu_ns(pid: u32) -> Option<u64> {
 
 fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
-}
-
-/// Nearest-rank percentiles.
-fn percentiles(mut values: Vec<f64>) -> report::Percentiles {
-    values.sort_unstable_by(f64::total_cmp);
-    let n = values.len();
-    let at = |quantile: f64| {
-        let rank = (quantile * n as f64).ceil() as usize;
-        values.get(rank.saturating_sub(1)).copied()
-    };
-    let mean = (n > 0).then(|| values.iter().sum::<f64>() / n as f64);
-    let variance = |mean: f64| values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64;
-    let wanted = [("p95", 200), ("p99", 1_000), ("p999", 10_000)];
-    report::Percentiles {
-        n: n as u64,
-        mean,
-        stddev: mean.map(|mean| variance(mean).sqrt()),
-        min: values.first().copied(),
-        p50: at(0.5),
-        p90: at(0.9),
-        p95: at(0.95),
-        p99: at(0.99),
-        p999: at(0.999),
-        max: values.last().copied(),
-        doubtful: wanted
-            .iter()
-            .filter(|(_, least)| n < *least)
-            .map(|(name, _)| (*name).to_owned())
-            .collect(),
-    }
 }

@@ -52,7 +52,6 @@ fn drive(target: Target, pacing: Pacing, requests: Vec<Planned>) -> Drive {
         grace: Duration::from_secs(20),
         timeout: Duration::from_secs(20),
         threads: 2,
-        want_hits: false,
         progress: Arc::new(Progress::default()),
         cancel: CancellationToken::new(),
     }

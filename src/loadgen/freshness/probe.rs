@@ -375,7 +375,7 @@ impl Probes {
 
     /// Writes down what was measured.
     pub(super) fn report(self, steps: Steps, watched: &mut Watched) {
-        let all = percentiles(self.samples.iter().map(|(_, _, us)| *us).collect());
+        let all = percentiles(self.samples.iter().map(|(_, _, us)| *us));
         let freshness = &mut watched.freshness;
         (freshness.p50, freshness.p95) = (all.p50, all.p95);
         (freshness.p99, freshness.max, freshness.n) = (all.p99, all.max, all.n);

@@ -5,11 +5,8 @@ use std::{
     io::{self, Write},
 };
 
-use super::{
-    Percentiles, Report, Scenario,
-    repeats::{grouped, median},
-};
-use crate::loadgen::stats;
+use super::{Percentiles, Report, Scenario, repeats::grouped};
+use crate::loadgen::stats::{self, median};
 
 /// Columns of a line.
 pub const WIDTH: usize = 120;
@@ -156,9 +153,9 @@ fn knees(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
         let mut levels: Vec<(f64, f64, f64)> = of_policy
             .clone()
             .filter_map(|group| {
-                let mut rates: Vec<f64> = group.iter().map(|of| of.throughput_rps).collect();
-                let mut p95s: Vec<f64> = group.iter().filter_map(|of| of.ttft_ms.p95).collect();
-                Some((group[0].level?, median(&mut rates)?, median(&mut p95s)?))
+                let rates: Vec<f64> = group.iter().map(|of| of.throughput_rps).collect();
+                let p95s: Vec<f64> = group.iter().filter_map(|of| of.ttft_ms.p95).collect();
+                Some((group[0].level?, median(&rates)?, median(&p95s)?))
             })
             .collect();
         levels.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -365,8 +362,8 @@ fn at(level: Option<f64>) -> String {
 
 /// Median over the repeats that have it.
 fn over(group: &[&Scenario], of: impl Fn(&Scenario) -> Option<f64>) -> String {
-    let mut values: Vec<f64> = group.iter().filter_map(|scenario| of(scenario)).collect();
-    median(&mut values).map_or("-".to_owned(), number)
+    let values: Vec<f64> = group.iter().filter_map(|scenario| of(scenario)).collect();
+    median(&values).map_or("-".to_owned(), number)
 }
 
 /// Largest of the repeats: of faults, one is enough.
@@ -388,8 +385,8 @@ fn percentile(
         "p99" => of.p99,
         _ => of.max,
     };
-    let mut values: Vec<f64> = all.iter().filter_map(value).collect();
-    let Some(value) = median(&mut values) else { return "-".to_owned() };
+    let values: Vec<f64> = all.iter().filter_map(value).collect();
+    let Some(value) = median(&values) else { return "-".to_owned() };
     let doubtful = all.iter().any(|of| of.doubtful.iter().any(|doubtful| doubtful == name));
     format!("{}{}", if doubtful { "~" } else { "" }, number(value))
 }

@@ -281,7 +281,6 @@ impl Driver<'_> {
             grace: common.grace,
             timeout: common.timeout,
             threads: common.threads,
-            want_hits: true,
             progress: Arc::clone(self.progress),
             cancel: self.cancel.clone(),
         };

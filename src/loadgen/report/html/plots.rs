@@ -20,6 +20,7 @@ use super::{
     super::{Moment, Report, Scenario},
     chart::{escape, number, shorten},
 };
+use crate::loadgen::stats;
 
 /// Panels of one plot.
 const PANELS: usize = 12;
@@ -161,8 +162,7 @@ fn rank(policy: &str) -> usize {
 
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.retain(|v| v.is_finite());
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
+    stats::median(&values)
 }
 
 fn level(level: Option<f64>) -> String {
