@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Common, Load, Spec};
 use crate::loadgen::{
-    drive::{self, Drive, Driven, Ended, Pacing, Target},
+    drive::{self, Drive, Driven, Ended, Exchange, Pacing, Target},
     environment,
     freshness::{self, WatchOptions, Watched},
     measure::{self, MeasureOptions},
-    progress::{Arm, Display, Progress},
+    progress::{self, Display, Progress},
     report::Scenario,
     resources::{Component, Sampler, Watched as Source},
     stack::{EngineAddress, Policy, Predictions, Stack, StackOptions},
@@ -42,6 +42,19 @@ const PER_SECOND: f64 = 20_000.0;
 /// Requests of a level that are planned at most: they take some 200 bytes each.
 const MOST_PLANNED: usize = 150_000;
 
+/// One policy, once.
+#[derive(Clone, Copy, Debug)]
+pub struct Arm<'a> {
+    /// What is run.
+    pub spec: &'a Spec,
+    /// Who routes.
+    pub policy: &'a Policy,
+    /// Which repeat, from 0.
+    pub repeat: u32,
+    /// Which arm of how many, from 1.
+    pub place: (usize, usize),
+}
+
 /// Where an arm's requests go, and what belongs to it.
 struct Ground {
     stack: Option<Stack>,
@@ -53,7 +66,8 @@ struct Ground {
 }
 
 impl Ground {
-    async fn start(spec: &Spec, policy: &Policy, common: &Common) -> Result<Self> {
+    async fn start(arm: &Arm<'_>, common: &Common) -> Result<Self> {
+        let Arm { spec, policy, .. } = *arm;
         let ourselves = Component {
             name: "loadgen".to_owned(),
             sources: vec![Source::Pid(std::process::id())],
@@ -97,15 +111,12 @@ impl Ground {
 ///
 /// What cannot be started or reached, and a stack that was not empty at its start.
 pub async fn run(
-    spec: &Spec,
-    policy: &Policy,
-    repeat: u32,
+    arm: &Arm<'_>,
     common: &Common,
-    place: (usize, usize),
     cancel: &CancellationToken,
 ) -> Result<Vec<Scenario>> {
-    let mut ground = Ground::start(spec, policy, common).await?;
-    let outcome = levels(spec, policy, repeat, common, place, cancel, &mut ground).await;
+    let mut ground = Ground::start(arm, common).await?;
+    let outcome = levels(arm, common, cancel, &mut ground).await;
     if let Some(stack) = ground.stack.take() {
         stack.stop().await;
     }
@@ -113,25 +124,23 @@ pub async fn run(
 }
 
 async fn levels(
-    spec: &Spec,
-    policy: &Policy,
-    repeat: u32,
+    arm: &Arm<'_>,
     common: &Common,
-    place: (usize, usize),
     cancel: &CancellationToken,
     ground: &mut Ground,
 ) -> Result<Vec<Scenario>> {
-    let seed = common.seed.wrapping_add(u64::from(repeat));
+    let spec = arm.spec;
+    let seed = common.seed.wrapping_add(u64::from(arm.repeat));
     let progress = Arc::new(Progress::default());
     let display = Display::start(Arc::clone(&progress), common.display);
-    let mut driver = Driver { common, ground, progress: &progress, cancel, spec, policy, place };
-    warm_up(spec, seed, &driver).await?;
+    let mut driver = Driver { arm, common, ground, progress: &progress, cancel, seed };
+    warm_up(&driver).await?;
     let mut scenarios = Vec::new();
     for level in planned(spec, seed) {
         if cancel.is_cancelled() {
             break;
         }
-        let mut scenario = driver.level(repeat, seed, &level).await?;
+        let mut scenario = driver.level(&level).await?;
         if let Some(fault) = driver.fault() {
             scenario.warnings.push(fault);
             scenario.valid = false;
@@ -195,7 +204,8 @@ fn planned(spec: &Spec, seed: u64) -> Box<dyn Iterator<Item = Level> + Send + '_
 
 /// Sends the first request alone and looks whether anything was there already, then everything that
 /// stays.
-async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
+async fn warm_up(driver: &Driver<'_>) -> Result<()> {
+    let (spec, seed) = (driver.arm.spec, driver.seed);
     let ours = driver.ground.stack.is_some();
     if !ours && !spec.warm {
         return Ok(());
@@ -244,22 +254,20 @@ async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
 
 /// What it takes to send.
 struct Driver<'a> {
+    arm: &'a Arm<'a>,
     common: &'a Common,
     ground: &'a mut Ground,
     progress: &'a Arc<Progress>,
     cancel: &'a CancellationToken,
-    spec: &'a Spec,
-    policy: &'a Policy,
-    /// Which arm of how many.
-    place: (usize, usize),
+    seed: u64,
 }
 
 impl Driver<'_> {
     /// Tells whoever watches what is done from now on.
     fn begin(&self, phase: &str, asked_rps: Option<f64>) {
-        let (number, of) = self.place;
-        self.progress.begin(Arm {
-            scenario: format!("{} {phase}", self.spec.name).trim_end().to_owned(),
+        let (number, of) = self.arm.place;
+        self.progress.begin(progress::Arm {
+            scenario: format!("{} {phase}", self.arm.spec.name).trim_end().to_owned(),
             policy: self.policy_name(),
             number: u32::try_from(number).unwrap_or(u32::MAX),
             of: u32::try_from(of).unwrap_or(u32::MAX),
@@ -292,8 +300,8 @@ impl Driver<'_> {
         self.ground.stack.as_mut()?.fault()
     }
 
-    async fn level(&self, repeat: u32, seed: u64, level: &Level) -> Result<Scenario> {
-        let spec = self.spec;
+    async fn level(&self, level: &Level) -> Result<Scenario> {
+        let Arm { spec, repeat, .. } = *self.arm;
         self.begin(&level.level.map_or_else(String::new, |at| format!("at {at}")), level.asked_rps);
         let before = self.predictions().await;
         let watching = self.watch(spec);
@@ -323,14 +331,17 @@ impl Driver<'_> {
                 Some((window.as_secs_f64().to_string(), index))
             })
             .collect();
-        let ideal = hits::ideal_hits(level.plan.requests.iter(), self.common.fleet.block_size);
+        // What was planned and not sent could not be reused either.
+        let planned = |exchange: &Exchange| level.plan.requests.get(exchange.request as usize);
+        let sent = driven.exchanges.iter().filter_map(planned);
+        let ideal = hits::ideal_hits(sent, self.common.fleet.block_size);
         let options = MeasureOptions {
             name: &spec.name,
             policy: &policy,
             repeat,
             level: level.level,
             workload: spec.described(),
-            seed,
+            seed: self.seed,
             asked_rps: level.asked_rps,
             block_size: u32::try_from(self.common.fleet.block_size).unwrap_or(u32::MAX),
             pacing: Some(level.pacing),
@@ -379,7 +390,7 @@ impl Driver<'_> {
     fn policy_name(&self) -> String {
         match self.common.elsewhere {
             Some(_) => "gateway".to_owned(),
-            None => self.policy.to_string(),
+            None => self.arm.policy.to_string(),
         }
     }
 

@@ -1,14 +1,14 @@
 //! `loadgen` alone: a short version of the three scenarios, and the workloads on which routing by prefix
 //! has nothing to win.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
 
 use super::{
-    Common, Load, Outputs, Spec,
-    command::{self, Asked},
+    Common, Load, Spec,
+    command::{self, Asked, ReportFlags},
 };
 use crate::loadgen::{
     capacity,
@@ -45,17 +45,8 @@ pub struct Quick {
     /// How often each workload of the second part is run with each policy.
     #[arg(long, value_name = "N", default_value_t = 1)]
     repeats: u32,
-    /// Put real Envoy in front: its binary, or the one on PATH.
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "envoy")]
-    envoy: Option<PathBuf>,
     #[command(flatten)]
-    outputs: Outputs,
-    /// Exit with 3 if the report is not valid.
-    #[arg(long)]
-    strict: bool,
-    /// No live numbers.
-    #[arg(long, short)]
-    quiet: bool,
+    report: ReportFlags,
 }
 
 impl Quick {
@@ -74,7 +65,7 @@ impl Quick {
                 ..FleetOptions::default()
             },
             launch: Launch::default(),
-            envoy: self.envoy.as_deref().map(command::find_envoy).transpose()?,
+            envoy: self.report.envoy()?,
             http: HttpOptions::default(),
             model: "mock".to_owned(),
             form: BodyForm::Ids,
@@ -85,10 +76,10 @@ impl Quick {
             probes_per_s: 50.0,
             delayed: false,
             objectives: Some("ttft=100ms".parse().map_err(anyhow::Error::msg)?),
-            display: command::display(self.quiet),
+            display: self.report.display(),
         };
         let specs = specs(self.repeats)?;
-        Ok(Asked { specs, common, outputs: self.outputs, strict: self.strict })
+        Ok(self.report.asked(specs, common))
     }
 }
 
