@@ -58,12 +58,6 @@ pub fn quantile(sorted: &[f64], p: f64) -> Option<f64> {
     sorted.get(rank(p, sorted.len()) - 1).copied()
 }
 
-/// Returns the median by nearest rank, of values in any order; `None` of none.
-#[must_use]
-pub fn median_rank(values: &[f64]) -> Option<f64> {
-    quantile(&sorted(values), 0.5)
-}
-
 fn sorted(values: &[f64]) -> Vec<f64> {
     let mut values = values.to_vec();
     values.sort_unstable_by(f64::total_cmp);

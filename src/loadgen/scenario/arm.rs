@@ -305,7 +305,8 @@ impl Driver<'_> {
         self.begin(&level.level.map_or_else(String::new, |at| format!("at {at}")), level.asked_rps);
         let before = self.predictions().await;
         let watching = self.watch(spec);
-        let sampler = Sampler::start(self.ground.components.clone(), SAMPLE)?;
+        let shown = Some(Arc::clone(self.progress));
+        let sampler = Sampler::start_showing(self.ground.components.clone(), SAMPLE, shown)?;
         let driven = self.send(level.plan.clone(), level.pacing, level.duration).await;
         let sampled = sampler.finish();
         let watched = match watching {
