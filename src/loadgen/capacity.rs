@@ -71,31 +71,41 @@ impl Constants {
         }
     }
 
-    /// The same for prompts and answers that have `scale_tokens` times as many tokens, so that a request
-    /// takes as long as before, on engines that are `speed` times as fast as real ones.
+    /// The same for prompts and answers that have `scale_tokens` times as many tokens, so that requests and
+    /// steps take as long as before, on engines that are `speed` times as fast as real ones.
     #[must_use]
     pub fn pace(self, scale_tokens: f64, speed: f64) -> Pace {
+        let steps = (1.0 / scale_tokens).round().max(1.0);
+        // 1 where the scale is one over a whole number.
+        let rest = 1.0 / scale_tokens / steps;
         Pace {
             request_us: self.request_ms * 1e3,
             step_us: 0.0,
             prefill_us_per_token: self.prefill_ms_per_token * 1e3 / scale_tokens,
-            decode_us_per_step: self.decode_ms_per_step * 1e3 / scale_tokens,
-            decode_us_per_sequence: self.decode_ms_per_sequence * 1e3 / scale_tokens,
+            decode_us_per_step: self.decode_ms_per_step * 1e3 * rest,
+            decode_us_per_sequence: self.decode_ms_per_sequence * 1e3 * rest,
+            steps_per_token: steps as u32,
             scale: 1.0 / speed,
         }
     }
 }
 
-/// The pace of a published engine: see [`Constants::pace`].
+/// Engines with the published constants, for `scale_tokens` times as many tokens, `speed` times as fast.
+///
+/// A step's budget shrinks with the tokens, so that it takes as long as before. How many engines there are
+/// and how much they hold is that of [`FleetOptions::default`].
 #[must_use]
-pub fn pace(scale_tokens: f64, speed: f64) -> Pace {
-    Constants::default().pace(scale_tokens, speed)
+pub fn engines(scale_tokens: f64, speed: f64) -> FleetOptions {
+    FleetOptions {
+        max_num_seqs: SEQUENCES,
+        max_num_batched_tokens: ((STEP_TOKENS * scale_tokens) as usize).max(1),
+        pace: Constants::default().pace(scale_tokens, speed),
+        ..FleetOptions::default()
+    }
 }
 
-/// The engines of a published fleet with caches for `scale_tokens` times as many tokens.
-///
-/// A step's budget shrinks with the tokens, so that it takes as long as before; blocks do not get shorter
-/// than 16 tokens.
+/// The engines of a published fleet with caches for `scale_tokens` times as many tokens; blocks do not get
+/// shorter than 16 tokens.
 #[must_use]
 pub fn fleet(study: &Study, scale_tokens: f64, speed: f64) -> FleetOptions {
     let block_size = ((BLOCK * scale_tokens) as usize).max(SHORTEST_BLOCK);
@@ -105,9 +115,7 @@ pub fn fleet(study: &Study, scale_tokens: f64, speed: f64) -> FleetOptions {
         block_size,
         // One more: the null block holds nothing.
         num_gpu_blocks: (tokens / block_size as f64) as u32 + 1,
-        max_num_seqs: SEQUENCES,
-        max_num_batched_tokens: ((STEP_TOKENS * scale_tokens) as usize).max(1),
         pace: Constants::default().for_model(study.factor()).pace(scale_tokens, speed),
-        ..FleetOptions::default()
+        ..engines(scale_tokens, speed)
     }
 }

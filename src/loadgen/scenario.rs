@@ -49,8 +49,8 @@ use super::{
 pub enum Load {
     /// Closed loops: so many in flight, one level after the other.
     Concurrency(Vec<usize>),
-    /// Open loops, one after the other.
-    Arrivals(Vec<Arrivals>),
+    /// Open loops, one after the other, and how long each one sends.
+    Arrivals(Vec<(Arrivals, Duration)>),
     /// Requests with times of their own.
     Recorded {
         /// Where they come from.
@@ -69,7 +69,7 @@ pub struct Spec {
     pub workload: Option<Workload>,
     /// When.
     pub load: Load,
-    /// How long each level lasts.
+    /// How long each level of closed loops lasts.
     pub duration: Duration,
     /// Requests of each level at most.
     pub requests: Option<usize>,

@@ -5,7 +5,7 @@
 //! not a comparison of the prefix scores alone; a stage lasts until its last answer, and throughput is
 //! over that time.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use crate::loadgen::stack::policy::Policy;
 
@@ -19,6 +19,35 @@ pub struct Stage {
     pub rate: f64,
     /// For how long they are sent, seconds.
     pub seconds: f64,
+}
+
+/// A published table and some of its stages.
+#[derive(Clone, Debug)]
+pub struct Stages {
+    /// The table.
+    pub study: &'static Study,
+    /// At least one, in the order of the table.
+    pub stages: Vec<Stage>,
+}
+
+impl FromStr for Stages {
+    type Err = String;
+
+    /// `73`, `37`, or either with rates of its stages: `73:3,15,60`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, rates) = text.split_once(':').map_or((text, None), |(a, b)| (a, Some(b)));
+        let study = [&STUDY_73, &STUDY_37].into_iter().find(|study| study.name == name);
+        let study = study.ok_or_else(|| format!("{name:?} is no published table: 73 or 37"))?;
+        let Some(rates) = rates else { return Ok(Self { study, stages: study.stages.to_vec() }) };
+        let stage = |rate: &str| {
+            let found = study.stages.iter().find(|it| rate.trim().parse() == Ok(it.rate));
+            found.copied().ok_or_else(|| {
+                let there: Vec<_> = study.stages.iter().map(|it| it.rate.to_string()).collect();
+                format!("{rate:?} is the rate of no stage of it: {}", there.join(", "))
+            })
+        };
+        Ok(Self { study, stages: rates.split(',').map(stage).collect::<Result<_, _>>()? })
+    }
 }
 
 /// What the scorers count in a policy.

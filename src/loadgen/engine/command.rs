@@ -19,13 +19,16 @@ pub struct PaceArguments {
     /// Microseconds per prompt token that is not cached.
     #[arg(long, value_name = "US", default_value_t = Pace::default().prefill_us_per_token)]
     prefill_us_per_token: f64,
-    /// Microseconds of every step that makes further tokens.
+    /// Microseconds of every step in which requests decode.
     #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_step)]
     decode_us_per_step: f64,
-    /// Further microseconds of such a step for each request in it that makes one.
+    /// Further microseconds of such a step for each request that decodes in it.
     #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_sequence)]
     decode_us_per_sequence: f64,
-    /// Factor of all five; 0 = as fast as possible.
+    /// Steps in which a request decodes for each token after its first one.
+    #[arg(long, value_name = "N", default_value_t = Pace::default().steps_per_token, value_parser = clap::value_parser!(u32).range(1..))]
+    steps_per_token: u32,
+    /// Factor of all times; 0 = as fast as possible.
     #[arg(long, value_name = "FACTOR", default_value_t = Pace::default().scale)]
     time_scale: f64,
 }
@@ -38,6 +41,7 @@ impl From<PaceArguments> for Pace {
             prefill_us_per_token: flags.prefill_us_per_token,
             decode_us_per_step: flags.decode_us_per_step,
             decode_us_per_sequence: flags.decode_us_per_sequence,
+            steps_per_token: flags.steps_per_token,
             scale: flags.time_scale,
         }
     }
@@ -46,13 +50,14 @@ impl From<PaceArguments> for Pace {
 impl Pace {
     /// The flags that mean this.
     #[must_use]
-    pub fn arguments(&self) -> [String; 6] {
+    pub fn arguments(&self) -> [String; 7] {
         [
             format!("--request-us={}", self.request_us),
             format!("--step-us={}", self.step_us),
             format!("--prefill-us-per-token={}", self.prefill_us_per_token),
             format!("--decode-us-per-step={}", self.decode_us_per_step),
             format!("--decode-us-per-sequence={}", self.decode_us_per_sequence),
+            format!("--steps-per-token={}", self.steps_per_token),
             format!("--time-scale={}", self.scale),
         ]
     }

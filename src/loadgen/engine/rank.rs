@@ -37,6 +37,8 @@ use crate::{
 
 /// How long a rank that has nothing to do sleeps at most.
 const IDLE: Duration = Duration::from_millis(100);
+/// How much of the next step a late end of the one before may take away.
+const CATCH_UP: Duration = Duration::from_millis(1);
 
 /// Where a rank publishes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -283,14 +285,23 @@ impl Rank {
 
     fn run(&self) {
         let mut state = lock(&self.state);
+        // When the step before was meant to end, if this one follows on it.
+        let mut ended = None;
         while !state.stopped {
             let Some(takes) = state.scheduler.begin() else {
                 state =
                     self.wake.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner).0;
+                ended = None;
                 continue;
             };
             state.stepping = true;
-            let until = Instant::now() + takes;
+            // What planning, handing out and waking up take is not the model's time. It is made up for by
+            // one step at most, so that a machine that is too slow shows.
+            let now = Instant::now();
+            let earliest = now.checked_sub(takes.min(CATCH_UP)).unwrap_or(now);
+            let began = ended.map_or(now, |ended: Instant| ended.clamp(earliest, now));
+            let until = began + takes;
+            ended = Some(until);
             while !state.stopped {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {

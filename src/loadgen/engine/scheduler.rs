@@ -29,6 +29,10 @@ use crate::wire::encode::Event;
 ///
 /// There is one step at a time, and all requests of an engine share its token budget. So prefills wait for
 /// one another, and a long prefill holds up the next token of every request that decodes.
+///
+/// Answers that are cut to a tenth, and should take as long as whole ones, are made with ten steps for each
+/// token. With steps that take ten times as long instead, a new request would wait ten times as long for
+/// the step under way.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pace {
     /// Microseconds that a request needs before it is queued; the engine computes meanwhile.
@@ -37,11 +41,13 @@ pub struct Pace {
     pub step_us: f64,
     /// Microseconds per prompt token that is computed; hits in the cache cost nothing.
     pub prefill_us_per_token: f64,
-    /// Microseconds of every step in which a request makes a token after its first one.
+    /// Microseconds of every step in which a request decodes: is on the way to a token after its first.
     pub decode_us_per_step: f64,
-    /// Further microseconds of a step for each request that makes such a token.
+    /// Further microseconds of a step for each request that decodes in it.
     pub decode_us_per_sequence: f64,
-    /// Factor of all of them; 0 = as fast as possible.
+    /// Steps in which a request decodes for each token after its first one, at least 1.
+    pub steps_per_token: u32,
+    /// Factor of all times; 0 = as fast as possible.
     pub scale: f64,
 }
 
@@ -54,6 +60,7 @@ impl Default for Pace {
             prefill_us_per_token: 2.0,
             decode_us_per_step: 300.0,
             decode_us_per_sequence: 0.0,
+            steps_per_token: 1,
             scale: 1.0,
         }
     }
@@ -154,6 +161,8 @@ struct Running {
     // Tokens that the current step computes.
     scheduled: usize,
     made: usize,
+    // Steps in which it decodes before the one that makes its next token.
+    before_next: u32,
     cached_tokens: Option<usize>,
 }
 
@@ -237,6 +246,7 @@ impl Scheduler {
             computed: 0,
             scheduled: 0,
             made: 0,
+            before_next: 0,
             cached_tokens: None,
         });
     }
@@ -256,11 +266,11 @@ impl Scheduler {
     /// Plans a step; `None` if there is nothing to do. Then [`finish`](Self::finish) has to follow.
     pub fn begin(&mut self) -> Option<Duration> {
         let mut budget = self.limits.max_num_batched_tokens;
-        let preempted = self.continue_running(&mut budget);
+        let (preempted, underway) = self.continue_running(&mut budget);
         if !preempted {
             self.admit(&mut budget);
         }
-        let (mut prefill, mut decodes) = (0, 0);
+        let (mut prefill, mut decodes) = (0, underway);
         for it in self.running.iter().filter(|it| it.scheduled > 0) {
             // As much of it as was never made by the model here is prefill.
             let decode = it.made > 0 && it.scheduled == 1;
@@ -285,6 +295,7 @@ impl Scheduler {
                 token.unwrap_or_else(|| (sequence.state() % u64::from(self.vocabulary)) as u32);
             sequence.push(token);
             it.made += 1;
+            it.before_next = self.pace.steps_per_token.saturating_sub(1);
             let output = Output {
                 request: it.request.id,
                 token,
@@ -307,13 +318,20 @@ impl Scheduler {
         Outcome { outputs, events: self.cache.take_events() }
     }
 
-    /// Plans the running requests; tells whether one was preempted.
-    fn continue_running(&mut self, budget: &mut usize) -> bool {
-        let mut preempted = false;
+    /// Plans the running requests; tells whether one was preempted, and how many decode without making a
+    /// token.
+    fn continue_running(&mut self, budget: &mut usize) -> (bool, usize) {
+        let (mut preempted, mut underway) = (false, 0);
         let mut at = 0;
         while at < self.running.len() && *budget > 0 {
             let it = &mut self.running[at];
             let left = it.request.sequence.tokens().len() - it.computed;
+            if it.before_next > 0 && left == 1 {
+                it.before_next -= 1;
+                underway += 1;
+                at += 1;
+                continue;
+            }
             let tokens = left.min(*budget);
             let (id, computed) = (it.request.id, it.computed);
             let allocated =
@@ -332,7 +350,7 @@ impl Scheduler {
             self.waiting.push_front(victim);
             preempted = true;
         }
-        preempted
+        (preempted, underway)
     }
 
     fn admit(&mut self, budget: &mut usize) {
@@ -438,6 +456,7 @@ mod tests {
             prefill_us_per_token: 10.0,
             decode_us_per_step: 100.0,
             decode_us_per_sequence: 1.0,
+            steps_per_token: 1,
             scale: 2.0,
         };
         let mut it = Scheduler { pace, ..scheduler(20, LIMITS) };
@@ -453,6 +472,27 @@ mod tests {
         assert_eq!(takes(&mut it), 2 * (1000 + 100 + 2));
         it.submit(request(3, &[9; 6], 1));
         assert_eq!(takes(&mut it), 2 * (1000 + 6 * 10 + 100 + 2), "one step for all of them");
+    }
+
+    #[test]
+    fn a_token_can_take_several_short_steps() {
+        let pace = Pace { decode_us_per_sequence: 1.0, steps_per_token: 3, ..Pace::default() };
+        let mut it = Scheduler { pace, ..scheduler(20, LIMITS) };
+        it.submit(request(1, &[7; 3], 3));
+        let mut step = || {
+            let takes = it.begin().unwrap().as_micros();
+            (takes, it.finish().outputs.iter().map(|output| output.request).collect::<Vec<_>>())
+        };
+        let (prefill, decode) = (200 + 3 * 2, 200 + 300 + 1);
+        assert_eq!(step(), (prefill, vec![1]));
+        let steps: Vec<_> = (0..3).map(|_| step()).collect();
+        assert_eq!(steps, [(decode, vec![]), (decode, vec![]), (decode, vec![1])]);
+        it.submit(request(2, &[8; 3], 1));
+        let takes = it.begin().unwrap().as_micros();
+        assert_eq!(takes, decode + 3 * 2, "who comes in between waits for one step only");
+        let outputs = it.finish().outputs;
+        assert_eq!(outputs.iter().map(|it| it.request).collect::<Vec<_>>(), [2]);
+        assert_eq!(run(&mut it).len(), 1);
     }
 
     #[test]

@@ -31,6 +31,8 @@ use crate::loadgen::{
 const SAMPLE: Duration = Duration::from_millis(100);
 /// How many requests of the warm-up are in flight, by pod.
 const WARM_PER_POD: usize = 2;
+/// Tokens of its answers: what warms a cache is the prompt.
+const WARM_TOKENS: u32 = 1;
 /// The model that probes of freshness are stored for; no request names it.
 const PROBE_MODEL: &str = "loadgen-probe";
 /// How long the last probes, and what a storm left behind, may take.
@@ -159,6 +161,8 @@ struct Level {
     level: Option<f64>,
     asked_rps: Option<f64>,
     duration: Option<Duration>,
+    /// Over which arrivals are looked at.
+    window: Duration,
 }
 
 /// All levels, each made when it is taken. Their requests go on where those of the level before ended, so
@@ -182,22 +186,30 @@ fn planned(spec: &Spec, seed: u64) -> Box<dyn Iterator<Item = Level> + Send + '_
                 level: Some(concurrency as f64),
                 asked_rps: None,
                 duration: Some(spec.duration),
+                window: spec.duration,
             }
         })),
-        Load::Arrivals(levels) => Box::new(levels.iter().enumerate().map(move |(at, arrivals)| {
+        Load::Arrivals(levels) => Box::new(levels.iter().enumerate().map(move |(at, level)| {
+            let (arrivals, lasts) = level;
             let mut times =
-                arrivals.times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
+                arrivals.times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), *lasts);
             times.truncate(most);
             let plan = Plan::open(take(times.len()), &times);
             let level = (levels.len() > 1).then_some(arrivals.rate());
-            let asked_rps = Some(times.len() as f64 / spec.duration.as_secs_f64());
-            Level { plan, pacing: Pacing::Open, level, asked_rps, duration: None }
+            let asked_rps = Some(times.len() as f64 / lasts.as_secs_f64());
+            let pacing = Pacing::Open;
+            Level { plan, pacing, level, asked_rps, duration: None, window: *lasts }
         })),
         Load::Recorded { requests, .. } => {
             let plan = Plan { requests: requests.iter().take(most).cloned().collect() };
-            let level =
-                Level { plan, pacing: Pacing::Open, level: None, asked_rps: None, duration: None };
-            Box::new(std::iter::once(level))
+            Box::new(std::iter::once(Level {
+                plan,
+                pacing: Pacing::Open,
+                level: None,
+                asked_rps: None,
+                duration: None,
+                window: spec.duration,
+            }))
         }
     }
 }
@@ -220,6 +232,7 @@ async fn warm_up(driver: &Driver<'_>) -> Result<()> {
     }
     for request in &mut residents {
         (request.at, request.after, request.burst) = (None, None, None);
+        request.max_tokens = WARM_TOKENS;
     }
     let rest = if spec.warm { residents.split_off(1.min(residents.len())) } else { Vec::new() };
     residents.truncate(1);
@@ -328,7 +341,7 @@ impl Driver<'_> {
         let dispersion = DISPERSION_WINDOWS
             .iter()
             .filter_map(|&window| {
-                let index = dispersion(&arrivals, spec.duration, window)?;
+                let index = dispersion(&arrivals, level.window, window)?;
                 Some((window.as_secs_f64().to_string(), index))
             })
             .collect();

@@ -8,7 +8,10 @@ use clap::Args;
 use super::{Common, Elsewhere, Load, Outputs, Spec};
 use crate::{
     loadgen::{
-        capacity,
+        capacity::{
+            self,
+            published::{Stage, Stages, Study},
+        },
         drive::HttpOptions,
         engine::Pace,
         freshness::StormOptions,
@@ -31,6 +34,15 @@ pub struct Steady {
     /// Arrivals at these rates: constant, poisson, or gamma with cv 2.
     #[arg(long, value_name = "KIND", default_value = "constant")]
     arrival: String,
+    /// llm-d's published benchmark with prompts that need 73 or 37 % of the caches: its engines, prompts,
+    /// arrivals and times, all at --speed and --token-scale; with rates, those of its stages only.
+    #[arg(
+        long,
+        value_name = "73|37[:RATE,…]",
+        conflicts_with_all = ["rate", "arrival", "duration", "workload", "engines", "block_size", "blocks",
+            "instant", "target"]
+    )]
+    published: Option<Stages>,
     #[command(flatten)]
     shared: Shared,
 }
@@ -211,6 +223,9 @@ pub struct Shared {
     report: ReportFlags,
 }
 
+/// How long the last answer of a published stage may take, seconds on the published fleet.
+const PATIENCE_S: f64 = 1_200.0;
+
 /// Traffic that the default fleet can take and that shows what routing is worth: 73 % of its caches.
 const DEFAULT_WORKLOAD: &str =
     "shared-prefix:groups=75,prompts=5,system=600,question=120,output=16";
@@ -229,11 +244,11 @@ pub struct FleetFlags {
     blocks: u32,
     /// How many times faster than the fleet of llm-d's published benchmark the engines are; rates and
     /// times scale with it.
-    #[arg(long, value_name = "FACTOR", default_value_t = 10.0)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 10.0, value_parser = positive)]
     speed: f64,
     /// Factor of the lengths, against those of the published benchmark: a tenth of the tokens takes as
     /// long as all of them there.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.1)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.1, value_parser = positive)]
     token_scale: f64,
     /// Where the engines listen: engine n at the port plus n; 0 = free ports. For endpoint pickers of
     /// somebody else's, which have to know.
@@ -251,6 +266,14 @@ pub struct FleetFlags {
     /// Answer as fast as possible.
     #[arg(long, conflicts_with_all = ["speed", "token_scale"])]
     instant: bool,
+    /// The fleet of a published table, in place of what the flags say.
+    #[arg(skip)]
+    study: Option<&'static Study>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|it: &f64| it.is_finite() && *it > 0.0);
+    number.ok_or_else(|| "a number above 0".to_owned())
 }
 
 impl FleetFlags {
@@ -271,18 +294,21 @@ impl FleetFlags {
     /// As options.
     #[must_use]
     pub fn options(&self, model: &str) -> FleetOptions {
-        let pace = if self.instant {
-            Pace { scale: 0.0, ..Pace::default() }
+        let model = model.to_owned();
+        if let Some(study) = self.study {
+            return FleetOptions { model, ..capacity::fleet(study, self.token_scale, self.speed) };
+        }
+        let paced = if self.instant {
+            FleetOptions { pace: Pace { scale: 0.0, ..Pace::default() }, ..FleetOptions::default() }
         } else {
-            capacity::pace(self.token_scale, self.speed)
+            capacity::engines(self.token_scale, self.speed)
         };
         FleetOptions {
             engines: self.engines.max(1),
-            model: model.to_owned(),
+            model,
             block_size: self.block_size.max(1),
             num_gpu_blocks: self.blocks.max(2),
-            pace,
-            ..FleetOptions::default()
+            ..paced
         }
     }
 }
@@ -306,11 +332,13 @@ impl Steady {
     /// # Errors
     ///
     /// What is wrong with which flag.
-    pub fn asked(self) -> Result<Asked> {
-        let load = if self.rate.is_empty() {
+    pub fn asked(mut self) -> Result<Asked> {
+        let load = if let Some(published) = &self.published {
+            self.shared.publish(published)?
+        } else if self.rate.is_empty() {
             Load::Concurrency(vec![1])
         } else {
-            let at = |rate: &f64| arrivals(&self.arrival, *rate);
+            let at = |rate: &f64| Ok((arrivals(&self.arrival, *rate)?, self.shared.duration));
             Load::Arrivals(self.rate.iter().map(at).collect::<Result<_>>()?)
         };
         self.shared.asked("steady", load, None)
@@ -353,7 +381,8 @@ impl Sweep {
                 Some(text.parse().map_err(anyhow::Error::msg)?)
             }
         };
-        self.shared.asked("sweep", Load::Arrivals(vec![process]), storm)
+        let load = Load::Arrivals(vec![(process, self.shared.duration)]);
+        self.shared.asked("sweep", load, storm)
     }
 }
 
@@ -371,6 +400,24 @@ pub(super) fn arrivals(kind: &str, rate: f64) -> Result<Arrivals> {
 }
 
 impl Shared {
+    /// Takes fleet and workload from a published table, and gives its load.
+    fn publish(&mut self, published: &Stages) -> Result<Load> {
+        let study = published.study;
+        let (scale, speed) = (self.fleet.token_scale, self.fleet.speed);
+        self.fleet.study = Some(study);
+        let workload = format!("capacity-{}:scale={scale}", study.name);
+        self.workload = workload.parse().map_err(anyhow::Error::msg)?;
+        // A stage ends with its last answer, however long it waited.
+        self.grace = self.grace.max(Duration::from_secs_f64(PATIENCE_S / speed));
+        self.timeout = self.timeout.max(self.grace);
+        let kind = if study.poisson { "poisson" } else { "constant" };
+        let stage = |stage: &Stage| {
+            let lasts = Duration::from_secs_f64(stage.seconds / speed);
+            Ok((arrivals(kind, stage.rate * speed)?, lasts))
+        };
+        Ok(Load::Arrivals(published.stages.iter().map(stage).collect::<Result<_>>()?))
+    }
+
     /// What is run on, and the report's ways.
     pub(super) fn asked(
         self,

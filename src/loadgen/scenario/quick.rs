@@ -61,8 +61,7 @@ impl Quick {
             fleet: FleetOptions {
                 engines: 4,
                 num_gpu_blocks: 768,
-                pace: capacity::pace(TOKEN_SCALE, SPEED),
-                ..FleetOptions::default()
+                ..capacity::engines(TOKEN_SCALE, SPEED)
             },
             launch: Launch::default(),
             envoy: self.report.envoy()?,
@@ -107,8 +106,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
     let storm = "rate=10000,burst=20000,interval=2s".parse().map_err(anyhow::Error::msg)?;
     let sweep = Spec {
         name: "sweep".to_owned(),
-        load: Load::Arrivals(vec![process]),
-        duration: Duration::from_secs(6),
+        load: Load::Arrivals(vec![(process, Duration::from_secs(6))]),
         storm: Some(storm),
         ..base.clone()
     };
@@ -117,8 +115,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
         specs.push(Spec {
             name: name.to_owned(),
             workload: Some(workload(text)?),
-            load: Load::Arrivals(vec![command::arrivals("poisson", rate)?]),
-            duration: Duration::from_secs(2),
+            load: Load::Arrivals(vec![(command::arrivals("poisson", rate)?, base.duration)]),
             freshness: false,
             policies: Policy::ALL.to_vec(),
             repeats,

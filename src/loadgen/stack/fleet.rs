@@ -280,6 +280,7 @@ mod tests {
             prefill_us_per_token: 0.25,
             decode_us_per_step: 7.0,
             decode_us_per_sequence: 8.0,
+            steps_per_token: 4,
             request_us: 9.0,
             scale: 0.125,
         };
