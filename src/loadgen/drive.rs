@@ -229,7 +229,7 @@ pub struct Driven {
     pub in_flight: Histogram<u64>,
     /// Bursts, in order.
     pub releases: Vec<Release>,
-    /// CPU of the threads that sent.
+    /// CPU of the threads that sent, from the start until nothing more was to be sent.
     pub cpu: Duration,
     /// Requests of the plan that were not sent.
     pub unsent: usize,
@@ -290,8 +290,7 @@ where
     };
     let path = BodyWriter::new(drive.form, &drive.model).path();
     let (barrier, started) = (Barrier::new(threads), OnceLock::<(Instant, u64)>::new());
-    let thread = |number: usize| -> anyhow::Result<(Brought, Duration)> {
-        let before = pace::thread_cpu();
+    let thread = |number: usize| -> anyhow::Result<Brought> {
         // Whatever fails here, the other threads must not wait at the barrier for ever.
         let meet = || {
             barrier.wait();
@@ -346,7 +345,7 @@ where
             shared.sending.fetch_sub(1, Relaxed);
             shared.stop.cancel();
         }
-        Ok((brought?, pace::thread_cpu().saturating_sub(before)))
+        brought
     };
     let mut in_flight = Histogram::new_with_bounds(1, 1 << 24, 3)?;
     let brought: Vec<_> = thread::scope(|scope| {
@@ -385,10 +384,10 @@ where
         cpu: Duration::ZERO,
         unsent: 0,
     };
-    for (brought, cpu) in brought {
+    for brought in brought {
         driven.exchanges.extend(brought.exchanges);
         driven.gaps.add(&brought.gaps)?;
-        driven.cpu += cpu;
+        driven.cpu += brought.cpu;
         driven.elapsed = driven.elapsed.max(Duration::from_nanos(brought.ended));
         driven.sending = driven.sending.max(Duration::from_nanos(brought.last_sent));
     }

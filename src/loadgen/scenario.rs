@@ -60,6 +60,17 @@ pub enum Load {
     },
 }
 
+/// What is sent before the levels, the same in every arm of a repeat, and not measured.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WarmUp {
+    /// One request only, which has to find nothing.
+    Cold,
+    /// Everything that the workload asks for again and again, once, for one token each.
+    Residents,
+    /// As a level: whole answers, so that what stays is placed under load.
+    Level(Arrivals, Duration),
+}
+
 /// What the requests of a scenario are made from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
@@ -77,8 +88,8 @@ pub struct Spec {
     pub storm: Option<StormOptions>,
     /// Ask the index how late it is, where there is one.
     pub freshness: bool,
-    /// Send everything that the workload asks for again and again once before.
-    pub warm: bool,
+    /// What is sent before.
+    pub warm_up: WarmUp,
     /// Who routes, one arm each.
     pub policies: Vec<Policy>,
     /// How often.

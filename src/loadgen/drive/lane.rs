@@ -30,7 +30,7 @@ use super::{
     Drive, Ended, Exchange, Failure, Pacing, Target,
     client::{Client, Clock, Flight, Notes},
     gaps,
-    pace::Alarm,
+    pace::{Alarm, thread_cpu},
 };
 
 /// How long before a request that is due the thread stops sleeping: what a wake-up may take.
@@ -128,6 +128,8 @@ pub(super) struct Brought {
     pub(super) gaps: Histogram<u64>,
     pub(super) last_sent: u64,
     pub(super) ended: u64,
+    /// CPU of this thread from the start until nothing more was to be sent.
+    pub(super) cpu: Duration,
 }
 
 /// What to do next.
@@ -156,6 +158,8 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
         let stop = self.shared.stop.clone();
         let mut stopped = std::pin::pin!(stop.cancelled());
         let mut sending = true;
+        let before = thread_cpu();
+        let mut cpu = None;
         let grace = ns(self.drive.grace);
         let last = self.drive.duration.map_or(u64::MAX, ns);
         loop {
@@ -191,6 +195,7 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
                     Next::Answer => wake = wake.min(last),
                     Next::Over => {
                         sending = false;
+                        cpu = Some(thread_cpu().saturating_sub(before));
                         self.shared.sending.fetch_sub(1, Relaxed);
                     }
                     Next::Send(..) => {}
@@ -222,7 +227,8 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
         if sending {
             self.shared.sending.fetch_sub(1, Relaxed);
         }
-        Ok(self.cut())
+        let cpu = cpu.unwrap_or_else(|| thread_cpu().saturating_sub(before));
+        Ok(self.cut(cpu))
     }
 
     /// Is the request that is due then part of a burst or a quick succession?
@@ -445,7 +451,7 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
     }
 
     /// Cuts what is still in flight.
-    fn cut(mut self) -> Brought {
+    fn cut(mut self, cpu: Duration) -> Brought {
         let now = self.clock.now();
         let left: Vec<Flight> = self.state.flights.drain().map(|(_, flight)| flight).collect();
         self.state.tasks.abort_all();
@@ -459,7 +465,7 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
         }
         let State { exchanges, gaps, last_sent, .. } = self.state;
         let ended = exchanges.iter().map(|exchange| exchange.ended_ns).max().unwrap_or_default();
-        Brought { exchanges, gaps, last_sent, ended }
+        Brought { exchanges, gaps, last_sent, ended, cpu }
     }
 }
 

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::{Common, Load, Spec};
+use super::{Common, Load, Spec, WarmUp};
 use crate::loadgen::{
     drive::{self, Drive, Driven, Ended, Exchange, Pacing, Target},
     environment,
@@ -219,7 +219,7 @@ fn planned(spec: &Spec, seed: u64) -> Box<dyn Iterator<Item = Level> + Send + '_
 async fn warm_up(driver: &Driver<'_>) -> Result<()> {
     let (spec, seed) = (driver.arm.spec, driver.seed);
     let ours = driver.ground.stack.is_some();
-    if !ours && !spec.warm {
+    if !ours && spec.warm_up == WarmUp::Cold {
         return Ok(());
     }
     let mut residents = match &spec.load {
@@ -234,8 +234,7 @@ async fn warm_up(driver: &Driver<'_>) -> Result<()> {
         (request.at, request.after, request.burst) = (None, None, None);
         request.max_tokens = WARM_TOKENS;
     }
-    let rest = if spec.warm { residents.split_off(1.min(residents.len())) } else { Vec::new() };
-    residents.truncate(1);
+    let rest = residents.split_off(1.min(residents.len()));
     driver.begin("first probe", None);
     let first =
         driver.send(Plan::closed(residents), Pacing::Closed { concurrency: 1 }, None).await?;
@@ -249,11 +248,22 @@ async fn warm_up(driver: &Driver<'_>) -> Result<()> {
             bail!("the first request already found {found} tokens: the stack was not empty");
         }
     }
-    if !rest.is_empty() {
+    let (plan, pacing) = match &spec.warm_up {
+        WarmUp::Cold => return Ok(()),
+        WarmUp::Residents => {
+            let pods = driver.ground.engines.len().max(1);
+            let concurrency = (WARM_PER_POD * pods).min(rest.len());
+            (Plan::closed(rest), Pacing::Closed { concurrency })
+        }
+        WarmUp::Level(arrivals, lasts) => {
+            let times = arrivals.times(!seed, *lasts);
+            let requests = spec.workload.as_ref().map(|it| it.requests(seed, times.len()));
+            (Plan::open(requests.unwrap_or_default(), &times), Pacing::Open)
+        }
+    };
+    if !plan.requests.is_empty() {
         driver.begin("warm-up", None);
-        let pods = driver.ground.engines.len().max(1);
-        let pacing = Pacing::Closed { concurrency: (WARM_PER_POD * pods).min(rest.len()) };
-        let warmed = driver.send(Plan::closed(rest), pacing, None).await?;
+        let warmed = driver.send(plan, pacing, None).await?;
         let failed = warmed.exchanges.iter().find_map(|exchange| match &exchange.ended {
             Ended::Failed(failure) => Some(failure.label()),
             _ => None,

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-use super::{Common, Elsewhere, Load, Outputs, Spec};
+use super::{Common, Elsewhere, Load, Outputs, Spec, WarmUp};
 use crate::{
     loadgen::{
         capacity::{
@@ -162,6 +162,9 @@ pub struct Shared {
     /// Do not send everything that stays once before.
     #[arg(long)]
     cold: bool,
+    /// The warm-up of a published table.
+    #[arg(skip)]
+    warm_up: Option<(Arrivals, Duration)>,
     /// Who routes, side by side: random, round-robin, least-load, approximate, precise, constant, all,
     /// external:NAME=HOST:PORT[,PID].
     #[arg(long, value_name = "POLICY[;POLICY…]", default_value = "precise")]
@@ -415,6 +418,7 @@ impl Shared {
             let lasts = Duration::from_secs_f64(stage.seconds / speed);
             Ok((arrivals(kind, stage.rate * speed)?, lasts))
         };
+        self.warm_up = Some(stage(&study.warm_up)?);
         Ok(Load::Arrivals(published.stages.iter().map(stage).collect::<Result<_>>()?))
     }
 
@@ -434,6 +438,11 @@ impl Shared {
         };
         let http = self.http()?;
         let envoy = self.report.envoy()?;
+        let warm_up = match self.warm_up {
+            _ if self.cold => WarmUp::Cold,
+            Some((arrivals, lasts)) => WarmUp::Level(arrivals, lasts),
+            None => WarmUp::Residents,
+        };
         let spec = Spec {
             name: name.to_owned(),
             workload: (!recorded).then_some(self.workload),
@@ -442,7 +451,7 @@ impl Shared {
             requests: self.requests,
             storm,
             freshness: self.probes > 0.0,
-            warm: !self.cold,
+            warm_up,
             policies,
             repeats: self.repeats,
         };

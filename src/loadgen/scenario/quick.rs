@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::{
-    Common, Load, Spec,
+    Common, Load, Spec, WarmUp,
     command::{self, Asked, ReportFlags},
 };
 use crate::loadgen::{
@@ -92,7 +92,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
         requests: None,
         storm: None,
         freshness: true,
-        warm: true,
+        warm_up: WarmUp::Residents,
         policies: few.to_vec(),
         repeats: 1,
     };
