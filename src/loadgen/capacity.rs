@@ -6,7 +6,8 @@
 //! | [`published`] | the tables, and the fleets and the traffic that they are of |
 //! | [`simulation`] | a fleet of [`Scheduler`](super::engine::scheduler::Scheduler)s in virtual time |
 //! | [`choice`] | who gets a request, by each policy |
-//! | [`command`] | `loadgen capacity`: both side by side |
+//! | `measured` | reports of the same traffic on processes, in the tables' units |
+//! | [`command`] | `loadgen capacity`: a table beside either |
 //!
 //! # Model
 //!
@@ -16,11 +17,18 @@
 
 pub mod choice;
 pub mod command;
+mod measured;
 pub mod published;
 pub mod simulation;
 
 use self::published::Study;
-use super::{engine::Pace, stack::fleet::FleetOptions};
+use super::{
+    engine::Pace,
+    stack::{
+        fleet::FleetOptions,
+        policy::{APPROXIMATE_BLOCK, ApproximateLimits},
+    },
+};
 
 /// Tokens that an engine computes in one step at most, as vLLM on an H100.
 const STEP_TOKENS: f64 = 8_192.0;
@@ -117,5 +125,54 @@ pub fn fleet(study: &Study, scale_tokens: f64, speed: f64) -> FleetOptions {
         num_gpu_blocks: (tokens / block_size as f64) as u32 + 1,
         pace: Constants::default().for_model(study.factor()).pace(scale_tokens, speed),
         ..engines(scale_tokens, speed)
+    }
+}
+
+/// What the published approximate policy looked at and remembered, for `scale_tokens` times as many tokens
+/// and engines with blocks of `block_size`.
+#[must_use]
+pub fn approximate(scale_tokens: f64, block_size: usize) -> ApproximateLimits {
+    let block = block_size.max(APPROXIMATE_BLOCK) as f64;
+    let blocks = |tokens: f64| ((tokens * scale_tokens / block) as usize).max(1);
+    ApproximateLimits {
+        prompt: blocks(choice::APPROXIMATE_TOKENS),
+        endpoint: blocks(choice::APPROXIMATE_CAPACITY),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{published::STUDY_73, *};
+
+    #[test]
+    fn steps_take_as_long_with_fewer_tokens() {
+        #[track_caller]
+        fn check(scale: f64, steps: u32) {
+            let pace = Constants::default().pace(scale, 1.0);
+            assert_eq!(pace.steps_per_token, steps);
+            let near = |value: f64, expected: f64| {
+                assert!((value / expected - 1.0).abs() < 1e-9, "{value}, not {expected}");
+            };
+            // The same time for a prompt and for an answer, of `scale` times as many tokens.
+            near(pace.prefill_us_per_token * scale, 60.0);
+            let steps = f64::from(steps) * scale;
+            near(pace.decode_us_per_step * steps, 24_000.0);
+            near(pace.decode_us_per_sequence * steps, 350.0);
+        }
+        check(1.0, 1);
+        check(0.1, 10);
+        check(0.3, 3);
+        check(0.05, 20);
+        check(2.0, 1);
+    }
+
+    #[test]
+    fn a_published_fleet_keeps_its_shape_when_scaled() {
+        let fleet = fleet(&STUDY_73, 0.1, 6.0);
+        assert_eq!((fleet.engines, fleet.block_size, fleet.num_gpu_blocks), (8, 16, 1_921));
+        assert_eq!((fleet.max_num_batched_tokens, fleet.max_num_seqs), (819, 1_024));
+        let limits = ApproximateLimits { prompt: 6, endpoint: 781 };
+        assert_eq!(approximate(0.1, fleet.block_size), limits);
+        assert_eq!(approximate(1.0, 64), ApproximateLimits { prompt: 64, endpoint: 7_812 });
     }
 }

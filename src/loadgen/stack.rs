@@ -45,7 +45,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use self::{child::Child, envoy::Envoy, policy::Surroundings};
 pub use self::{
     fleet::{FleetOptions, FleetPorts},
-    policy::Policy,
+    policy::{ApproximateLimits, Policy},
 };
 use super::{
     drive::Target,
@@ -87,6 +87,8 @@ pub struct Launch {
     /// Let policies that know prefixes ask the first engine for the token ids of prompts that are text;
     /// prompts that are ids need nobody.
     pub render: bool,
+    /// What the approximate policy looks at and remembers.
+    pub approximate: ApproximateLimits,
     /// How long each part may take until it is ready.
     pub patience: Duration,
 }
@@ -99,6 +101,7 @@ impl Default for Launch {
             ports: FleetPorts::default(),
             scrape_interval: Duration::from_millis(50),
             render: false,
+            approximate: ApproximateLimits::default(),
             patience: Duration::from_secs(20),
         }
     }
@@ -421,6 +424,7 @@ async fn picker(
     }
     let around = Surroundings {
         block_size: options.fleet.block_size,
+        approximate: launch.approximate,
         indexer,
         want_hits: options.want_hits,
         model: &options.fleet.model,

@@ -209,6 +209,74 @@ fn policies_side_by_side() {
     assert!(against.contains("random") && against.contains("least-load"), "{against:?}");
 }
 
+/// Twice what two engines can compute without caches: who finds them is served at once, who does not waits. The
+/// engines' pace decides, not the machine's.
+#[test]
+fn above_randoms_knee_precise_does_not_wait() {
+    let run = Run::of(&[
+        "steady",
+        "--engines=2",
+        "--speed=5",
+        // 73 % of the caches of the two.
+        "--workload=shared-prefix:groups=37,prompts=5,system=600,question=120,output=10",
+        "--rate=60",
+        "--arrival=poisson",
+        "--duration=4s",
+        "--policies=random,precise",
+        "--probes=0",
+        "--grace=60s",
+        "--seed=7",
+    ]);
+    let report = run.report();
+    let of = |policy: &str| scenarios(&report).iter().find(|it| it["policy"] == policy).unwrap();
+    let (random, precise) = (of("random"), of("precise"));
+    for scenario in [random, precise] {
+        check_fields(scenario);
+        assert_eq!((&scenario["incomplete"], &scenario["requests"]), (&0.into(), &random["requests"]));
+    }
+    let p90 = |scenario| number(scenario, "/ttft_ms/p90");
+    assert!(p90(precise) < p90(random) / 5.0, "{} {}", p90(precise), p90(random));
+    assert!(number(precise, "/throughput_rps") > 1.1 * number(random, "/throughput_rps"));
+    let hits = |scenario| number(scenario, "/hits/hit_ratio");
+    assert!(hits(precise) > 0.9 && hits(random) < 0.75, "{} {}", hits(precise), hits(random));
+}
+
+/// Two stages of a published table, small and fast, and the table beside them.
+#[test]
+fn published_stages_are_sent_and_compared() {
+    let run = Run::of(&[
+        "steady",
+        "--published=73:3,10",
+        "--speed=20",
+        "--token-scale=0.02",
+        "--cold",
+        "--probes=0",
+    ]);
+    let report = run.report();
+    let all = scenarios(&report);
+    let stages: Vec<_> = all.iter().map(|it| number(it, "/level")).collect();
+    assert_eq!(stages, [60.0, 200.0]);
+    for (scenario, expected) in all.iter().zip([60.0, 200.0]) {
+        check_fields(scenario);
+        let sent = number(scenario, "/requests");
+        assert!((0.5..1.5).contains(&(sent / expected)), "each lasts a second: {sent}");
+        assert_eq!(scenario["pods"].as_object().unwrap().len(), 8);
+    }
+    let compare = |file: &std::path::Path, speed: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_loadgen"));
+        command.args(["capacity", "--speed", speed, "--measured"]).arg(file).output().unwrap()
+    };
+    let output = compare(&run.folder.path().join("report.json"), "20");
+    let out = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{out}\n{}", String::from_utf8_lossy(&output.stderr));
+    let row = |rate: &str| out.lines().any(|line| line.trim_start().starts_with(rate));
+    assert!(out.contains("measured: mean of 1 repeats") && row("3 |") && row("10 |"), "{out}");
+    assert!(out.contains("ok   every request of every policy was answered"), "{out}");
+    let missing = compare(&run.folder.path().join("none.json"), "20");
+    assert!(!missing.status.success());
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("none.json"));
+}
+
 #[test]
 fn with_envoy_in_front_the_gateway_is_in_the_report() {
     let envoy = crate::epp::rig::envoy_binary();

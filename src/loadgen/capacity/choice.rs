@@ -6,9 +6,9 @@ use super::published::{LOAD, PRECISE, Weights};
 use crate::loadgen::stack::policy::Policy;
 
 /// Tokens of a prompt that `approximate` looks at: 256 blocks of 64 characters, four to a token.
-const APPROXIMATE_TOKENS: f64 = 4_096.0;
+pub(super) const APPROXIMATE_TOKENS: f64 = 4_096.0;
 /// Tokens that it takes a pod to hold: 31,250 such blocks.
-const APPROXIMATE_CAPACITY: f64 = 500_000.0;
+pub(super) const APPROXIMATE_CAPACITY: f64 = 500_000.0;
 
 /// What a picker knows of a pod.
 #[derive(Clone, Debug, Default)]

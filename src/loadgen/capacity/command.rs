@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use super::{
     Constants,
+    measured::{self, Measured},
     published::{STUDY_37, STUDY_73, Stage, Study},
     simulation::{Assumptions, StageOutcome, simulate},
 };
@@ -86,6 +87,18 @@ pub struct CapacityOptions {
     /// From a step's end until its events are in the index, milliseconds.
     #[arg(long, value_name = "MS", default_value_t = Assumptions::default().events_ms)]
     events_ms: f64,
+    /// In place of the model: reports of `loadgen steady --published`, separated by commas.
+    #[arg(
+        long,
+        value_name = "FILE[,FILE…]",
+        value_delimiter = ',',
+        conflicts_with_all = ["seeds", "stages", "policies", "scale_tokens", "request_ms", "prefill_ms", "decode_ms",
+            "decode_ms_per_sequence", "scrape_ms", "events_ms"]
+    )]
+    measured: Vec<PathBuf>,
+    /// The --speed that they were measured at.
+    #[arg(long, value_name = "FACTOR", default_value_t = 10.0, requires = "measured")]
+    speed: f64,
     /// Write the results there too, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -139,10 +152,10 @@ pub struct Cell {
     pub output_tps: Estimate,
     /// Share of the prompts' tokens that was found in a cache.
     pub hit_ratio: f64,
-    /// Requests that wait in a pod.
-    pub waiting_mean: f64,
+    /// Requests that wait in a pod; the model's only.
+    pub waiting_mean: Option<f64>,
     /// The most of them.
-    pub waiting_max: usize,
+    pub waiting_max: Option<usize>,
     /// What was published: TTFT p90 in seconds.
     pub published_ttft_p90_s: Option<f64>,
     /// What was published: output tokens per second.
@@ -162,8 +175,8 @@ impl Cell {
             ttft_mean_s: estimate(|it| it.ttft_mean_s),
             output_tps: estimate(|it| it.output_tps),
             hit_ratio: estimate(|it| it.hit_ratio).mean,
-            waiting_mean: estimate(|it| it.waiting_mean).mean,
-            waiting_max: seeds.iter().map(|it| it.waiting_max).max().unwrap_or_default(),
+            waiting_mean: Some(estimate(|it| it.waiting_mean).mean),
+            waiting_max: seeds.iter().map(|it| it.waiting_max).max(),
             published_ttft_p90_s: row.map(|row| row.ttft_p90_s),
             published_output_tps: row.and_then(|row| row.output_tps),
         }
@@ -190,11 +203,11 @@ pub struct Comparison {
     pub table: &'static str,
     /// Where it is from.
     pub source: &'static str,
-    /// What was assumed.
-    pub assumed: Assumptions,
+    /// What the model assumed; `None` = measured.
+    pub assumed: Option<Assumptions>,
     /// Factor of what computes, for the table's model.
     pub factor: f64,
-    /// How many seeds.
+    /// How many seeds, or repeats.
     pub seeds: u64,
     /// By policy and rate.
     pub cells: Vec<Cell>,
@@ -202,12 +215,42 @@ pub struct Comparison {
     pub checks: Vec<Check>,
 }
 
-/// Runs the model and compares it with a table.
+/// Compares reports with a table.
+fn compare_measured(options: &CapacityOptions) -> Result<Comparison> {
+    let study = options.table.study();
+    let Measured { stages, checks: mut more } = measured::read(&options.measured, options.speed)?;
+    let cells: Vec<Cell> = stages
+        .iter()
+        .map(|(policy, rate, repeats)| Cell {
+            waiting_mean: None,
+            waiting_max: None,
+            ..Cell::of(study, policy, Some(*rate), repeats)
+        })
+        .collect();
+    let mut checks = checks(&cells);
+    checks.append(&mut more);
+    let repeats = stages.iter().map(|(_, _, repeats)| repeats.len()).min().unwrap_or_default();
+    Ok(Comparison {
+        schema: "kv-indexer.loadgen.capacity/1",
+        table: study.name,
+        source: study.source,
+        assumed: None,
+        factor: study.factor(),
+        seeds: repeats as u64,
+        cells,
+        checks,
+    })
+}
+
+/// Runs the model, or reads reports, and compares that with a table.
 ///
 /// # Errors
 ///
 /// Policies that have no model, a factor that is not positive, threads that cannot be started.
 pub fn compare(options: &CapacityOptions) -> Result<Comparison> {
+    if !options.measured.is_empty() {
+        return compare_measured(options);
+    }
     let study = options.table.study();
     let scale_tokens = options.scale_tokens;
     ensure!(
@@ -246,7 +289,7 @@ pub fn compare(options: &CapacityOptions) -> Result<Comparison> {
         schema: "kv-indexer.loadgen.capacity/1",
         table: study.name,
         source: study.source,
-        assumed,
+        assumed: Some(assumed),
         factor: study.factor(),
         seeds: options.seeds,
         cells,
@@ -349,15 +392,26 @@ pub fn run(options: &CapacityOptions, out: &mut dyn Write) -> Result<()> {
     let compared = compare(options)?;
     let study = options.table.study();
     writeln!(out, "{study}")?;
-    writeln!(out, "published: {}; model: mean of {} seeds", compared.source, compared.seeds)?;
-    let Constants { request_ms, prefill_ms_per_token, decode_ms_per_step, decode_ms_per_sequence } =
-        compared.assumed.constants;
-    writeln!(
-        out,
-        "constants: {request_ms} ms per request; prefill {prefill_ms_per_token} ms per token, decode \
-         {decode_ms_per_step} + {decode_ms_per_sequence} n ms, both x {:.3} for this model; tokens x {}",
-        compared.factor, compared.assumed.scale_tokens
-    )?;
+    let Comparison { source, seeds, factor, .. } = &compared;
+    let mut from = "measured";
+    if let Some(assumed) = &compared.assumed {
+        from = "model";
+        writeln!(out, "published: {source}; model: mean of {seeds} seeds")?;
+        let Constants {
+            request_ms,
+            prefill_ms_per_token,
+            decode_ms_per_step,
+            decode_ms_per_sequence,
+        } = assumed.constants;
+        writeln!(
+            out,
+            "constants: {request_ms} ms per request; prefill {prefill_ms_per_token} ms per token, decode \
+             {decode_ms_per_step} + {decode_ms_per_sequence} n ms, both x {factor:.3} for this model; tokens x {}",
+            assumed.scale_tokens
+        )?;
+    } else {
+        writeln!(out, "published: {source}; measured: mean of {seeds} repeats, real time")?;
+    }
     let mut policy = "";
     for cell in &compared.cells {
         if cell.policy != policy {
@@ -368,10 +422,10 @@ pub fn run(options: &CapacityOptions, out: &mut dyn Write) -> Result<()> {
                 "{:>5} | {:>9} {:>16} {:>7} | {:>9} {:>15} {:>7} | {:>7} {:>7} {:>5} {:>7} {:>5}",
                 "rate",
                 "TTFT p90",
-                "model s",
+                format!("{from} s"),
                 "error",
                 "out tok/s",
-                "model",
+                from,
                 "error",
                 "p50 s",
                 "mean s",
@@ -403,15 +457,15 @@ fn line(cell: &Cell) -> String {
         let model = format!("{:.digits$}{half}", model.mean);
         format!("{shown:>9} {model:>width$} {error:>7}")
     };
+    let waiting = cell.waiting_mean.map_or_else(|| "-".to_owned(), |it| format!("{it:.1}"));
+    let most = cell.waiting_max.map_or_else(|| "-".to_owned(), |it| it.to_string());
     format!(
-        "{:>5} | {} | {} | {:>7.2} {:>7.2} {:>5.2} {:>7.1} {:>5}",
+        "{:>5} | {} | {} | {:>7.2} {:>7.2} {:>5.2} {waiting:>7} {most:>5}",
         cell.rate.map_or_else(|| "all".to_owned(), |rate| format!("{rate}")),
         pair(cell.published_ttft_p90_s, cell.ttft_p90_s, 2, 16),
         pair(cell.published_output_tps, cell.output_tps, 0, 15),
         cell.ttft_p50_s.mean,
         cell.ttft_mean_s.mean,
         cell.hit_ratio,
-        cell.waiting_mean,
-        cell.waiting_max,
     )
 }

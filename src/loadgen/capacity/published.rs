@@ -308,3 +308,29 @@ pub static STUDY_37: Study = Study {
         at(Random, 20, 177.0, Some(3099.0)),
     ],
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_are_named_by_table_and_rate() {
+        #[track_caller]
+        fn check(text: &str, want: Result<(&str, &[f64]), &str>) {
+            match (text.parse::<Stages>(), want) {
+                (Ok(got), Ok((name, rates))) => {
+                    assert_eq!(got.study.name, name);
+                    let found: Vec<f64> = got.stages.iter().map(|stage| stage.rate).collect();
+                    assert_eq!(found, rates);
+                }
+                (Err(got), Err(part)) => assert!(got.contains(part), "{got}"),
+                (got, want) => panic!("{text}: {got:?}, not {want:?}"),
+            }
+        }
+        check("37", Ok(("37", &[3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0])));
+        check("73:60, 3", Ok(("73", &[60.0, 3.0])));
+        check("73:61", Err("\"61\" is the rate of no stage of it: 3, 10, 15"));
+        check("73:", Err("no stage"));
+        check("74:3", Err("no published table"));
+    }
+}

@@ -111,6 +111,7 @@ fn latencies(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
         "in flight",
         "req/s",
         "TTFT p50",
+        "p90",
         "p95",
         "p99 ms",
         "sent p95",
@@ -129,6 +130,7 @@ fn latencies(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
             over(group, |of| Some(of.in_flight.mean)),
             over(group, |of| Some(of.throughput_rps)),
             percentile(group, "p50", |of| Some(&of.ttft_ms)),
+            percentile(group, "p90", |of| Some(&of.ttft_ms)),
             percentile(group, "p95", |of| Some(&of.ttft_ms)),
             percentile(group, "p99", |of| Some(&of.ttft_ms)),
             percentile(group, "p95", |of| Some(&of.ttft_from_send_ms)),
@@ -304,9 +306,10 @@ fn storms(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
 }
 
 /// What is printed of each comparison: title and quantity.
-const AGAINST: [(&str, &str); 4] = [
+const AGAINST: [(&str, &str); 5] = [
     ("req/s", "throughput_rps"),
     ("TTFT p50", "ttft_ms.p50"),
+    ("TTFT p90", "ttft_ms.p90"),
     ("TTFT p95", "ttft_ms.p95"),
     ("success", "success_share"),
 ];
@@ -381,6 +384,7 @@ fn percentile(
     let all: Vec<&Percentiles> = group.iter().filter_map(|scenario| of(scenario)).collect();
     let value = |of: &&Percentiles| match name {
         "p50" => of.p50,
+        "p90" => of.p90,
         "p95" => of.p95,
         "p99" => of.p99,
         _ => of.max,

@@ -18,7 +18,7 @@ use crate::{
         measure::Objectives,
         progress,
         resources::{Component, Watched},
-        stack::{FleetOptions, FleetPorts, Launch, Policy, envoy},
+        stack::{ApproximateLimits, FleetOptions, FleetPorts, Launch, Policy, envoy},
         workload::{Arrivals, BodyForm, Workload, trace::command::TraceArguments},
     },
     support::{tls::ClientTls, units},
@@ -290,6 +290,10 @@ impl FleetFlags {
                 replay: self.fleet_replay,
             },
             scrape_interval: self.scrape_interval,
+            approximate: self.study.map_or_else(ApproximateLimits::default, |study| {
+                let block_size = capacity::fleet(study, self.token_scale, self.speed).block_size;
+                capacity::approximate(self.token_scale, block_size)
+            }),
             ..Launch::default()
         }
     }

@@ -6,8 +6,9 @@
 //! in llm-d's published comparison, from pages that are scraped equally often; and prefixes 3 where there
 //! are any. Token loads and requests in flight, which `epp` could weigh as well, are in no policy.
 //!
-//! The approximate policy has llm-d's published limits: 31 250 blocks for each endpoint, and 256 blocks of
-//! a prompt, which the present plugin wants in tokens. Its blocks have at least 64 tokens, as llm-d's.
+//! The approximate policy has llm-d's default limits: 31 250 blocks for each endpoint, and 256 blocks of
+//! a prompt, which the present plugin wants in tokens. Its blocks have at least 64 tokens, as llm-d's; in
+//! the published comparison they had 64 characters, so there the limits are given.
 //!
 //! Prompts that are token ids need no tokenizer anywhere. For text, both policies that know prefixes can
 //! ask an engine for the ids; else the precise one has nothing to ask the indexer, and falls back to
@@ -19,12 +20,23 @@ use std::{
     str::FromStr,
 };
 
-/// Blocks that the approximate policy remembers of each endpoint.
-const APPROXIMATE_BLOCKS: usize = 31_250;
-/// Blocks of a prompt that it looks at.
-const APPROXIMATE_PROMPT_BLOCKS: usize = 256;
-/// Tokens of a block of its at least.
-const APPROXIMATE_BLOCK: usize = 64;
+/// Tokens of a block of the approximate policy at least.
+pub const APPROXIMATE_BLOCK: usize = 64;
+
+/// What the approximate policy looks at and remembers, in its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApproximateLimits {
+    /// Of a prompt, from its beginning; at least 1.
+    pub prompt: usize,
+    /// Of each endpoint; at least 1.
+    pub endpoint: usize,
+}
+
+impl Default for ApproximateLimits {
+    fn default() -> Self {
+        Self { prompt: 256, endpoint: 31_250 }
+    }
+}
 
 /// Who decides where a request goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,7 +72,7 @@ impl Policy {
     /// `epp`'s configuration; `None` where another endpoint picker decides, or there is no indexer for
     /// one that needs it.
     pub(super) fn document(&self, around: &Surroundings<'_>) -> Option<String> {
-        let Surroundings { block_size, indexer, want_hits, model, render } = *around;
+        let Surroundings { block_size, approximate, indexer, want_hits, model, render } = *around;
         let prefix = match self {
             Self::RoundRobin | Self::Constant | Self::External { .. } => return None,
             Self::Random => {
@@ -75,9 +87,10 @@ impl Policy {
                          autoTune: false\n    \
                          blockSizeTokens: {block}\n    \
                          maxPrefixTokensToMatch: {}\n    \
-                         lruCapacityPerServer: {APPROXIMATE_BLOCKS}\n\
+                         lruCapacityPerServer: {}\n\
                      - type: prefix-cache-scorer\n",
-                    APPROXIMATE_PROMPT_BLOCKS * block
+                    approximate.prompt * block,
+                    approximate.endpoint
                 )
             }
             Self::Precise => format!(
@@ -110,6 +123,8 @@ impl Policy {
 pub(super) struct Surroundings<'a> {
     /// Tokens per block of the engines.
     pub(super) block_size: usize,
+    /// Of the approximate policy.
+    pub(super) approximate: ApproximateLimits,
     /// The indexer's gRPC address.
     pub(super) indexer: Option<SocketAddr>,
     /// Predictions come with the end of each response.
@@ -234,6 +249,7 @@ mod tests {
         let address = Some(([127, 0, 0, 1], 50_051).into());
         let alone = Surroundings {
             block_size: 16,
+            approximate: ApproximateLimits::default(),
             indexer: None,
             want_hits: true,
             model: "mock",
