@@ -36,6 +36,8 @@ const STEP_TOKENS: f64 = 8_192.0;
 const SEQUENCES: usize = 1_024;
 /// Tokens per block of the published fleets.
 const BLOCK: f64 = 64.0;
+/// Shorter steps, milliseconds, would cost more than they show: to wake up takes a tenth of one.
+const SHORTEST_STEP_MS: f64 = 2.0;
 /// The shortest block that vLLM has by default.
 const SHORTEST_BLOCK: usize = 16;
 
@@ -80,11 +82,14 @@ impl Constants {
     }
 
     /// The same for prompts and answers that have `scale_tokens` times as many tokens, so that requests and
-    /// steps take as long as before, on engines that are `speed` times as fast as real ones.
+    /// steps take as long as before, on engines that are `speed` times as fast as real ones. Where steps would
+    /// become shorter than two milliseconds there are fewer, longer ones.
     #[must_use]
     pub fn pace(self, scale_tokens: f64, speed: f64) -> Pace {
-        let steps = (1.0 / scale_tokens).round().max(1.0);
-        // 1 where the scale is one over a whole number.
+        let token_ms = self.decode_ms_per_step / scale_tokens / speed;
+        let steps =
+            (1.0 / scale_tokens).round().min((token_ms / SHORTEST_STEP_MS).floor()).max(1.0);
+        // 1 where the scale is one over a whole number, and steps are long enough.
         let rest = 1.0 / scale_tokens / steps;
         Pace {
             request_us: self.request_ms * 1e3,
@@ -147,8 +152,8 @@ mod tests {
     #[test]
     fn steps_take_as_long_with_fewer_tokens() {
         #[track_caller]
-        fn check(scale: f64, steps: u32) {
-            let pace = Constants::default().pace(scale, 1.0);
+        fn check(scale: f64, speed: f64, steps: u32) {
+            let pace = Constants::default().pace(scale, speed);
             assert_eq!(pace.steps_per_token, steps);
             let near = |value: f64, expected: f64| {
                 assert!((value / expected - 1.0).abs() < 1e-9, "{value}, not {expected}");
@@ -159,11 +164,14 @@ mod tests {
             near(pace.decode_us_per_step * steps, 24_000.0);
             near(pace.decode_us_per_sequence * steps, 350.0);
         }
-        check(1.0, 1);
-        check(0.1, 10);
-        check(0.3, 3);
-        check(0.05, 20);
-        check(2.0, 1);
+        check(1.0, 1.0, 1);
+        check(0.1, 1.0, 10);
+        check(0.1, 10.0, 10);
+        check(0.1, 25.0, 4);
+        check(0.1, 1_000.0, 1);
+        check(0.3, 1.0, 3);
+        check(0.05, 1.0, 20);
+        check(2.0, 1.0, 1);
     }
 
     #[test]

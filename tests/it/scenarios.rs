@@ -232,7 +232,10 @@ fn above_randoms_knee_precise_does_not_wait() {
     let (random, precise) = (of("random"), of("precise"));
     for scenario in [random, precise] {
         check_fields(scenario);
-        assert_eq!((&scenario["incomplete"], &scenario["requests"]), (&0.into(), &random["requests"]));
+        assert_eq!(
+            (&scenario["incomplete"], &scenario["requests"]),
+            (&0.into(), &random["requests"])
+        );
     }
     let p90 = |scenario| number(scenario, "/ttft_ms/p90");
     assert!(p90(precise) < p90(random) / 5.0, "{} {}", p90(precise), p90(random));

@@ -18,7 +18,7 @@ use serde::Serialize;
 use super::{
     Constants,
     measured::{self, Measured},
-    published::{STUDY_37, STUDY_73, Stage, Study},
+    published::{PRECISE, STUDY_37, STUDY_73, Stage, Study},
     simulation::{Assumptions, StageOutcome, simulate},
 };
 use crate::{loadgen::stack::policy::Policy, support::sync::lock};
@@ -81,6 +81,9 @@ pub struct CapacityOptions {
     /// Further milliseconds for each request in it, likewise.
     #[arg(long, value_name = "MS", default_value_t = Constants::default().decode_ms_per_sequence)]
     decode_ms_per_sequence: f64,
+    /// Let approximate weigh as precise does, as in `loadgen steady --published`, not as published.
+    #[arg(long)]
+    equal_weights: bool,
     /// From one scrape of the pods' loads to the next, milliseconds.
     #[arg(long, value_name = "MS", default_value_t = Assumptions::default().scrape_ms)]
     scrape_ms: f64,
@@ -93,7 +96,7 @@ pub struct CapacityOptions {
         value_name = "FILE[,FILE…]",
         value_delimiter = ',',
         conflicts_with_all = ["seeds", "stages", "policies", "scale_tokens", "request_ms", "prefill_ms", "decode_ms",
-            "decode_ms_per_sequence", "scrape_ms", "events_ms"]
+            "decode_ms_per_sequence", "equal_weights", "scrape_ms", "events_ms"]
     )]
     measured: Vec<PathBuf>,
     /// The --speed that they were measured at.
@@ -252,6 +255,8 @@ pub fn compare(options: &CapacityOptions) -> Result<Comparison> {
         return compare_measured(options);
     }
     let study = options.table.study();
+    let equal = Study { approximate: PRECISE, ..study.clone() };
+    let study = if options.equal_weights { &equal } else { study };
     let scale_tokens = options.scale_tokens;
     ensure!(
         (0.01..=1.0).contains(&scale_tokens),

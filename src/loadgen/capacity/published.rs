@@ -77,7 +77,7 @@ pub struct Row {
 }
 
 /// A published measurement.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Study {
     /// `73` or `37`: how much of the fleet's cache the prompts need, per cent.
     pub name: &'static str,
