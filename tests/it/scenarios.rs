@@ -209,19 +209,19 @@ fn policies_side_by_side() {
     assert!(against.contains("random") && against.contains("least-load"), "{against:?}");
 }
 
-/// Twice what two engines can compute without caches: who finds them is served at once, who does not waits. The
-/// engines' pace decides, not the machine's.
+/// More than four engines can compute unless most of it is found in their caches: who finds it is served at once,
+/// who does not waits. The engines' pace decides, not the machine's.
 #[test]
 fn above_randoms_knee_precise_does_not_wait() {
     let run = Run::of(&[
         "steady",
-        "--engines=2",
+        "--engines=4",
         "--speed=5",
-        // 73 % of the caches of the two.
-        "--workload=shared-prefix:groups=37,prompts=5,system=600,question=120,output=10",
-        "--rate=60",
+        // 73 % of the caches of the four.
+        "--workload=shared-prefix:groups=75,prompts=5,system=600,question=120,output=10",
+        "--rate=120",
         "--arrival=poisson",
-        "--duration=4s",
+        "--duration=3s",
         "--policies=random,precise",
         "--probes=0",
         "--grace=60s",
