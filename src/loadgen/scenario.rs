@@ -65,7 +65,7 @@ pub enum Load {
 pub enum WarmUp {
     /// One request only, which has to find nothing.
     Cold,
-    /// Everything that the workload asks for again and again, once, for one token each.
+    /// Everything that the workload asks for again and again, once, for a few tokens each.
     Residents,
     /// As a level: whole answers, so that what stays is placed under load.
     Level(Arrivals, Duration),

@@ -31,8 +31,9 @@ use crate::loadgen::{
 const SAMPLE: Duration = Duration::from_millis(100);
 /// How many requests of the warm-up are in flight, by pod.
 const WARM_PER_POD: usize = 2;
-/// Tokens of its answers: what warms a cache is the prompt.
-const WARM_TOKENS: u32 = 1;
+/// Tokens of its answers at most: what warms a cache is the prompt. More than one, since groups are spread by
+/// what endpoint pickers see of the load.
+const WARM_TOKENS: u32 = 8;
 /// The model that probes of freshness are stored for; no request names it.
 const PROBE_MODEL: &str = "loadgen-probe";
 /// How long the last probes, and what a storm left behind, may take.
@@ -232,7 +233,7 @@ async fn warm_up(driver: &Driver<'_>) -> Result<()> {
     }
     for request in &mut residents {
         (request.at, request.after, request.burst) = (None, None, None);
-        request.max_tokens = WARM_TOKENS;
+        request.max_tokens = request.max_tokens.min(WARM_TOKENS);
     }
     let rest = residents.split_off(1.min(residents.len()));
     driver.begin("first probe", None);
