@@ -218,7 +218,7 @@ fn above_randoms_knee_precise_does_not_wait() {
         "--engines=4",
         "--speed=5",
         // 73 % of the caches of the four.
-        "--workload=shared-prefix:groups=75,prompts=5,system=600,question=120,output=10",
+        "--workload=shared-prefix:groups=75,prompts=5,system=600,question=120,output=2",
         "--rate=120",
         "--arrival=poisson",
         "--duration=3s",
