@@ -1,0 +1,61 @@
+//! What plain Rust takes for the least that any answer needs.
+
+use std::{hint::black_box, time::Duration};
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::{
+    report::{FLOOR, Report},
+    sample::batches,
+    stream::Random,
+};
+
+/// Name of the floor of hashing 512 blocks.
+const HASHED: usize = 512;
+
+/// Measures and reports all; returns nanoseconds of hashing 512 blocks, each seeded by the one
+/// before.
+pub(crate) fn measure(report: &mut Report, budget: Duration) -> f64 {
+    let mut random = Random(5);
+    for count in [512, 4096] {
+        let keys: Vec<u64> = (0..count).map(|_| random.next()).collect();
+        let same = keys.clone();
+        let time = batches(budget, |_| {
+            let (keys, same) = (black_box(&keys), black_box(&same));
+            black_box(keys.iter().zip(same).take_while(|(one, other)| one == other).count());
+        });
+        floor(report, &format!("{count} keys compared, to the first that differs"), time.clone());
+        let time = batches(budget, |_| {
+            black_box(black_box(&keys[..]) == black_box(&same[..]));
+        });
+        floor(report, &format!("{count} keys compared at once"), time);
+    }
+    for pods in [64, 256, 1024] {
+        let words = vec![u64::MAX; pods / 64];
+        let mut out: Vec<(u32, u32)> = Vec::with_capacity(pods);
+        let time = batches(budget, |_| {
+            out.clear();
+            for (at, word) in black_box(&words).iter().enumerate() {
+                let mut left = *word;
+                while left != 0 {
+                    out.push((at as u32 * 64 + left.trailing_zeros(), 512));
+                    left &= left - 1;
+                }
+            }
+            black_box(&mut out);
+        });
+        floor(report, &format!("{pods} pods written from a bitset"), time);
+    }
+    let bytes: Vec<[u8; 64]> =
+        (0..HASHED).map(|_| std::array::from_fn(|_| random.next() as u8)).collect();
+    let mut hashed = batches(budget, |_| {
+        let chain = black_box(&bytes).iter();
+        black_box(chain.fold(0, |key, block| xxh3_64_with_seed(block, key)));
+    });
+    floor(report, "512 blocks of 64 B, XXH3 chained by seed", hashed.clone());
+    hashed.median()
+}
+
+fn floor(report: &mut Report, what: &str, mut time: crate::sample::Sample) {
+    report.add(FLOOR, what, &[("ours", time.median())], "");
+}
