@@ -6,11 +6,11 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     report::{FLOOR, Report},
-    sample::batches,
+    sample::{Sample, batches},
     stream::Random,
 };
 
-/// Name of the floor of hashing 512 blocks.
+/// Blocks of a hashed prompt.
 const HASHED: usize = 512;
 
 /// Measures and reports all; returns nanoseconds of hashing 512 blocks, each seeded by the one
@@ -45,6 +45,17 @@ pub(crate) fn measure(report: &mut Report, budget: Duration) -> f64 {
             black_box(&mut out);
         });
         floor(report, &format!("{pods} pods written from a bitset"), time);
+        let time = batches(budget, |_| {
+            out.clear();
+            for (at, word) in black_box(&words).iter().enumerate() {
+                let first = at as u32 * 64;
+                if *word == u64::MAX {
+                    out.extend((first..first + 64).map(|pod| (pod, 512)));
+                }
+            }
+            black_box(&mut out);
+        });
+        floor(report, &format!("{pods} pods written, full words at once"), time);
     }
     let bytes: Vec<[u8; 64]> =
         (0..HASHED).map(|_| std::array::from_fn(|_| random.next() as u8)).collect();
@@ -53,9 +64,16 @@ pub(crate) fn measure(report: &mut Report, budget: Duration) -> f64 {
         black_box(chain.fold(0, |key, block| xxh3_64_with_seed(block, key)));
     });
     floor(report, "512 blocks of 64 B, XXH3 chained by seed", hashed.clone());
+    let mut keys = Vec::with_capacity(HASHED);
+    let alone = batches(budget, |_| {
+        keys.clear();
+        keys.extend(black_box(&bytes).iter().map(|block| xxh3_64_with_seed(block, 1337)));
+        black_box(&mut keys);
+    });
+    floor(report, "512 blocks of 64 B, XXH3 each on its own", alone);
     hashed.median()
 }
 
-fn floor(report: &mut Report, what: &str, mut time: crate::sample::Sample) {
+fn floor(report: &mut Report, what: &str, mut time: Sample) {
     report.add(FLOOR, what, &[("ours", time.median())], "");
 }

@@ -144,7 +144,8 @@ impl Plan {
 
     /// The questions of a case, and for each the blocks of its prompt that it has.
     fn questions(&self, case: Case) -> Vec<(Vec<u32>, usize)> {
-        let (blocks, mut random) = (self.shape.blocks, self.random.clone());
+        // Not the stream of the events: what differs must be in no prompt.
+        let (blocks, mut random) = (self.shape.blocks, Random(12));
         let ask = |prompt: &Prompt| {
             let mut tokens = prompt.tokens.to_vec();
             let (changed, common) = match case {

@@ -240,11 +240,11 @@ impl Run {
             eprintln!("lookup {name}");
             let mut note = match plan.prompts() {
                 sample::BATCH => String::new(),
-                prompts => format!("{prompts} prompts"),
+                prompts => format!("prompts: {prompts}"),
             };
             for subject in &mut subjects {
                 if !subject.ask(case) {
-                    note += &format!(" {} answers differently", subject.name());
+                    note += &format!("; {} answers differently", subject.name());
                     if subject.name() == Ours::NAME {
                         self.wrong.push(name.clone());
                     }

@@ -199,13 +199,13 @@ impl Report {
         }
         for metric in metrics {
             let _ =
-                write!(out, "\n{:<34}{:>10}", format!("{} [{}]", metric.name, metric.unit), "ours");
+                write!(out, "\n{:<48}{:>10}", format!("{} [{}]", metric.name, metric.unit), "ours");
             for name in RIVALS {
                 let _ = write!(out, "{name:>14}");
             }
             let _ = writeln!(out, "{:>8}  target", "ratio");
             for row in self.rows.iter().filter(|row| row.metric == metric) {
-                let _ = write!(out, "  {:<32}{:>10}", row.shape, figure(row.ours));
+                let _ = write!(out, "  {:<46}{:>10}", row.shape, figure(row.ours));
                 for name in RIVALS {
                     let value = row.rivals.iter().find(|(its, _)| *its == name);
                     let _ =
