@@ -17,6 +17,8 @@ const RESIDENT: usize = 500_000;
 /// Of 512 blocks; 98 k entries: 128 blocks on each of 16 pods and all of it on one.
 const READ: usize = 40;
 const READ_BLOCKS: usize = 512;
+/// Evicted tails, and tails that stay, that are asked for at the end.
+const LEFT: usize = 200;
 
 /// What is resident, what the writer does, and what the reader asks.
 #[derive(Debug)]
@@ -24,6 +26,8 @@ pub(crate) struct Beside {
     warm: Vec<Event>,
     timed: Vec<Event>,
     asked: Vec<Vec<u32>>,
+    /// Of some tails, at the end: prompt, pod, depth.
+    left: Vec<(Vec<u32>, u32, usize)>,
 }
 
 /// What one run showed.
@@ -35,6 +39,8 @@ pub(crate) struct Figures {
     pub(crate) reads: f64,
     /// Millions of blocks stored per second; as many are removed.
     pub(crate) writes: f64,
+    /// The index answers rightly at the end.
+    pub(crate) right: bool,
 }
 
 impl Beside {
@@ -60,7 +66,7 @@ impl Beside {
             warm.push(store(&tail));
             tails.push_back(tail);
         }
-        let mut timed = Vec::new();
+        let (mut timed, mut left) = (Vec::new(), Vec::new());
         for _ in 0..steps {
             let tail = traffic.prompt();
             timed.push(store(&tail));
@@ -68,9 +74,14 @@ impl Beside {
             if let Some((prompt, pod)) = tails.pop_front() {
                 let old = Traffic::PREFIX..prompt.blocks();
                 timed.push(prompt.removed(pod, Place::Gpu, old));
+                if left.len() < LEFT {
+                    left.push((prompt.tokens.to_vec(), pod, Traffic::PREFIX));
+                }
             }
         }
-        Self { warm, timed, asked }
+        let rest = tails.iter().rev().take(LEFT);
+        left.extend(rest.map(|(prompt, pod)| (prompt.tokens.to_vec(), *pod, prompt.blocks())));
+        Self { warm, timed, asked, left }
     }
 
     pub(crate) fn measure<C: Contender>(&self, empty: f64) -> Figures {
@@ -103,12 +114,17 @@ impl Beside {
             read_for = begin.elapsed().as_secs_f64();
             writer.join().unwrap_or_default()
         });
+        let right = self.left.iter().all(|(tokens, pod, depth)| {
+            let truth = Traffic::truth(*pod, *depth);
+            index.answers(&C::query(tokens), &mut answer, &truth)
+        });
         let stored: usize = self.timed.iter().map(Event::stored).sum();
         Figures {
             reads: sample.len() as f64 / read_for / 1e6,
             writes: stored as f64 / wrote_for.as_secs_f64() / 1e6,
             p50: sample.median(),
             p99: sample.quantile(0.99),
+            right,
         }
     }
 }

@@ -105,6 +105,19 @@ pub(crate) trait Contender: Send + Sync + Sized + 'static {
     /// The pods of an answer and their depths, in any order.
     fn depths(answer: &Self::Answer) -> Vec<(u32, u32)>;
 
+    /// Is the answer the truth, which is in the order of pods?
+    fn answers(
+        &self,
+        query: &Self::Query,
+        answer: &mut Self::Answer,
+        truth: &[(u32, u32)],
+    ) -> bool {
+        self.lookup(query, answer);
+        let mut depths = Self::depths(answer);
+        depths.sort_unstable();
+        depths == truth
+    }
+
     /// Puts events in place; see [`Lane`].
     fn lane(&self, warm: Vec<Self::Event>, timed: Vec<Self::Event>) -> Lane {
         let mut writer = self.writer();

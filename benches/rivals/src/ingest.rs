@@ -6,35 +6,55 @@ use std::{
 };
 
 use crate::{
-    contender::{Contender, Event, What},
+    contender::{BLOCK, Contender, Event, Place, What},
     ours,
     stream::{TRAFFIC_PODS, Traffic},
 };
 
-/// Events of one thread each: pods are dealt out to threads.
-pub(crate) type Lanes = Vec<Vec<Event>>;
+/// Traffic for an empty index.
+#[derive(Debug)]
+pub(crate) struct Load {
+    /// Events of one thread each: pods are dealt out to threads.
+    lanes: Vec<Vec<Event>>,
+    /// Some prompts, and who holds all of them.
+    asked: Vec<(Vec<u32>, u32)>,
+}
+
+/// What one run showed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rates {
+    /// Millions of blocks per second, hashed before. An index that hashes inside has its hashing,
+    /// measured by itself over the same events, taken off.
+    pub(crate) hashed: f64,
+    /// From tokens on.
+    pub(crate) tokens: f64,
+    /// The index answers rightly at the end.
+    pub(crate) right: bool,
+}
 
 /// Traffic of about `entries` (block, pod) pairs; the tails in events of all their blocks, or of one.
-pub(crate) fn lanes(entries: usize, single: bool, threads: u32) -> Lanes {
+pub(crate) fn load(entries: usize, single: bool, threads: u32) -> Load {
+    const ASKED: usize = 64;
     let mut traffic = Traffic::new(21);
-    let mut lanes: Lanes = vec![Vec::new(); threads as usize];
-    let mut blocks = 0;
+    let mut lanes: Vec<Vec<Event>> = vec![Vec::new(); threads as usize];
+    let (mut blocks, mut asked) = (0, Vec::new());
     for event in traffic.shared() {
         blocks += event.stored();
         lanes[(event.pod % threads) as usize].push(event);
     }
     while blocks < entries {
         let (prompt, pod) = traffic.prompt();
+        if asked.len() < ASKED {
+            asked.push((prompt.tokens.to_vec(), pod));
+        }
         let lane = &mut lanes[(pod % threads) as usize];
         let tail = Traffic::PREFIX..prompt.blocks();
         blocks += tail.len();
         let step = if single { 1 } else { tail.len() };
         let events = tail.clone().step_by(step);
-        lane.extend(
-            events.map(|at| prompt.stored(pod, crate::contender::Place::Gpu, at..at + step)),
-        );
+        lane.extend(events.map(|at| prompt.stored(pod, Place::Gpu, at..at + step)));
     }
-    lanes
+    Load { lanes, asked }
 }
 
 /// Time of the slowest of some jobs that start together, each on a thread of its own.
@@ -59,9 +79,9 @@ where
     (slowest, done.into_iter().map(|(_, result)| result).collect())
 }
 
-/// Millions of blocks per second: hashed before, and from tokens on. An index that hashes inside
-/// has its hashing, measured by itself over the same events, taken off for the former.
-pub(crate) fn rates<C: Contender>(lanes: &Lanes) -> (f64, f64) {
+/// Applies a load to an empty index.
+pub(crate) fn rates<C: Contender>(load: &Load) -> Rates {
+    let lanes = &load.lanes;
     let blocks: usize = lanes.iter().flatten().map(Event::stored).sum();
     let rate = |time: Duration| blocks as f64 / time.as_secs_f64() / 1e6;
     let prepare = |events: &'_ Vec<Event>| {
@@ -79,6 +99,11 @@ pub(crate) fn rates<C: Contender>(lanes: &Lanes) -> (f64, f64) {
         move || (lane(&|| ()), ())
     });
     let (applying, _) = together(jobs.collect());
+    let mut answer = C::Answer::default();
+    let right = load.asked.iter().all(|(tokens, pod)| {
+        let truth = Traffic::truth(*pod, tokens.len() / BLOCK);
+        index.answers(&C::query(tokens), &mut answer, &truth)
+    });
     if C::HASHES_INSIDE {
         let hash = |events: &'_ Vec<Event>| {
             let events = events.clone();
@@ -93,8 +118,8 @@ pub(crate) fn rates<C: Contender>(lanes: &Lanes) -> (f64, f64) {
             }
         };
         let (hashing, _) = together(lanes.iter().map(hash).collect());
-        (rate(applying.saturating_sub(hashing)), rate(applying))
+        Rates { hashed: rate(applying.saturating_sub(hashing)), tokens: rate(applying), right }
     } else {
-        (rate(applying), rate(applying + hashing))
+        Rates { hashed: rate(applying), tokens: rate(applying + hashing), right }
     }
 }

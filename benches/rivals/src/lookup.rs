@@ -229,10 +229,8 @@ impl<C: Contender> Subject for Filled<'_, C> {
         let questions = self.plan.questions(case);
         self.queries = questions.iter().map(|(tokens, _)| C::query(tokens)).collect();
         let right = self.queries.iter().zip(&questions).enumerate().all(|(at, (query, asked))| {
-            self.index.lookup(query, &mut self.answer);
-            let mut depths = C::depths(&self.answer);
-            depths.sort_unstable();
-            depths == self.plan.truth(at, asked.1)
+            let truth = self.plan.truth(at, asked.1);
+            self.index.answers(query, &mut self.answer, &truth)
         });
         self.tokens = questions.into_iter().map(|(tokens, _)| tokens).collect();
         right

@@ -56,7 +56,7 @@ struct Args {
     /// Measures only what has this in its metric and shape, such as "lookup p50 512x64".
     #[arg(long, value_name = "SUBSTRING")]
     only: Option<String>,
-    /// (block, pod) pairs that an index grows to; a lookup's index has half of them at most.
+    /// (block, pod) pairs that an index grows to; one that is looked up in has twice as many at most.
     #[arg(long, value_name = "N")]
     entries: Option<usize>,
     /// Prints what the indexes answer to streams with known answers, and nothing else.
@@ -233,7 +233,7 @@ impl Run {
         if cases.is_empty() {
             return;
         }
-        let plan = shape.plan(self.entries / 2);
+        let plan = shape.plan(2 * self.entries);
         let mut subjects = all_filled(&plan);
         for case in cases {
             let name = shape.name(case);
@@ -299,8 +299,8 @@ impl Run {
         if !self.report.wants(TIER, &name) {
             return;
         }
-        let tiered = shape.plan(self.entries / 2);
-        let plain = Shape { fill: Fill::Full, ..shape }.plan(self.entries / 2);
+        let tiered = shape.plan(2 * self.entries);
+        let plain = Shape { fill: Fill::Full, ..shape }.plan(2 * self.entries);
         let mut subjects: Vec<_> =
             [&tiered, &plain].into_iter().filter_map(lookup::fill::<Ours>).collect();
         for subject in &mut subjects {
@@ -323,26 +323,17 @@ impl Run {
                     continue;
                 }
                 eprintln!("ingest {name}");
-                let lanes = ingest::lanes(self.entries / 4, single, threads);
-                let mut all: [Vec<(f64, f64)>; 3] = Default::default();
+                let load = ingest::load(self.entries / 4, single, threads);
+                let mut all: [Vec<ingest::Rates>; 3] = Default::default();
                 for _ in 0..self.rounds {
-                    all[0].push(ingest::rates::<Ours>(&lanes));
-                    all[1].push(ingest::rates::<ChainRaw>(&lanes));
-                    all[2].push(ingest::rates::<Crtc>(&lanes));
+                    all[0].push(ingest::rates::<Ours>(&load));
+                    all[1].push(ingest::rates::<ChainRaw>(&load));
+                    all[2].push(ingest::rates::<Crtc>(&load));
                 }
-                let figures = |of: fn(&(f64, f64)) -> f64| -> Vec<_> {
-                    let names = Who::ALL.iter().map(|who| who.name());
-                    names
-                        .zip(&all)
-                        .map(|(name, rates)| {
-                            let mut rates = rates.iter().map(of);
-                            (name, median_of(rates.len(), || rates.next().unwrap_or(f64::NAN)))
-                        })
-                        .collect()
-                };
-                let note = "ours: measured hashing taken off";
-                self.report.add(INGEST, &name, &figures(|rates| rates.0), note);
-                self.report.add(INGEST_TOKENS, &name, &figures(|rates| rates.1), "");
+                let note = self.judge(&name, &all, |rates| rates.right);
+                let hashed = format!("ours: measured hashing taken off{note}");
+                self.report.add(INGEST, &name, &medians(&all, |rates| rates.hashed), &hashed);
+                self.report.add(INGEST_TOKENS, &name, &medians(&all, |rates| rates.tokens), &note);
             }
         }
     }
@@ -361,21 +352,26 @@ impl Run {
             runs[1].push(beside.measure::<ChainRaw>(self.effort.empty));
             runs[2].push(beside.measure::<Crtc>(self.effort.empty));
         }
-        let mut add = |metric, of: fn(&beside::Figures) -> f64, note: &str| {
-            let names = Who::ALL.iter().map(|who| who.name());
-            let figures: Vec<_> = names
-                .zip(&runs)
-                .map(|(name, runs)| {
-                    let mut figures = runs.iter().map(of);
-                    (name, median_of(figures.len(), || figures.next().unwrap_or(f64::NAN)))
-                })
-                .collect();
-            self.report.add(metric, name, &figures, note);
-        };
-        add(BESIDE_P50, |run| run.p50, "");
-        add(BESIDE_P99, |run| run.p99, "");
-        add(BESIDE_READS, |run| run.reads, "");
-        add(BESIDE_WRITES, |run| run.writes, "ours hashes inside, rivals before");
+        let note = self.judge(name, &runs, |run| run.right);
+        let hashed = format!("ours hashes inside, rivals before{note}");
+        self.report.add(BESIDE_P50, name, &medians(&runs, |run| run.p50), &note);
+        self.report.add(BESIDE_P99, name, &medians(&runs, |run| run.p99), &note);
+        self.report.add(BESIDE_READS, name, &medians(&runs, |run| run.reads), &note);
+        self.report.add(BESIDE_WRITES, name, &medians(&runs, |run| run.writes), &hashed);
+    }
+
+    /// Says whose answers are wrong, and remembers ours.
+    fn judge<T>(&mut self, what: &str, runs: &[Vec<T>; 3], right: fn(&T) -> bool) -> String {
+        let mut note = String::new();
+        for (who, runs) in Who::ALL.iter().zip(runs) {
+            if !runs.iter().all(right) {
+                note += &format!("; {} answers differently", who.name());
+                if who.name() == Ours::NAME {
+                    self.wrong.push(what.to_owned());
+                }
+            }
+        }
+        note
     }
 
     fn memory(&mut self) -> anyhow::Result<()> {
@@ -443,6 +439,15 @@ impl Run {
         }
         Ok(())
     }
+}
+
+/// Of runs in the order of [`Who::ALL`], each one's median of a figure.
+fn medians<T>(runs: &[Vec<T>; 3], of: fn(&T) -> f64) -> Vec<(&'static str, f64)> {
+    let median = |runs: &Vec<T>| {
+        let mut figures = runs.iter().map(of);
+        median_of(figures.len(), || figures.next().unwrap_or(f64::NAN))
+    };
+    Who::ALL.iter().map(|who| who.name()).zip(runs.iter().map(median)).collect()
 }
 
 /// Every index that can have the plan's pods, ours first, filled.

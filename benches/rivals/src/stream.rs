@@ -129,6 +129,12 @@ impl Traffic {
         (self.prompt_of(blocks), pod)
     }
 
+    /// What is answered for a prompt of whose tail `pod` holds so much that it has `depth` blocks.
+    pub(crate) fn truth(pod: u32, depth: usize) -> Vec<(u32, u32)> {
+        let prefix = Self::PREFIX;
+        (0..TRAFFIC_PODS).map(|at| (at, if at == pod { depth } else { prefix } as u32)).collect()
+    }
+
     /// A prompt with a new tail and `blocks` blocks in all.
     pub(crate) fn prompt_of(&mut self, blocks: usize) -> Prompt {
         let prefix = self.prefixes[self.random.below(self.prefixes.len())].clone();
