@@ -13,9 +13,8 @@ use crate::{
 /// Blocks of a hashed prompt.
 const HASHED: usize = 512;
 
-/// Measures and reports all; returns nanoseconds of hashing 512 blocks, each seeded by the one
-/// before.
-pub(crate) fn measure(report: &mut Report, budget: Duration) -> f64 {
+/// Measures and reports all.
+pub(crate) fn measure(report: &mut Report, budget: Duration) {
     let mut random = Random(5);
     for count in [512, 4096] {
         let keys: Vec<u64> = (0..count).map(|_| random.next()).collect();
@@ -59,11 +58,8 @@ pub(crate) fn measure(report: &mut Report, budget: Duration) -> f64 {
     }
     let bytes: Vec<[u8; 64]> =
         (0..HASHED).map(|_| std::array::from_fn(|_| random.next() as u8)).collect();
-    let mut hashed = batches(budget, |_| {
-        let chain = black_box(&bytes).iter();
-        black_box(chain.fold(0, |key, block| xxh3_64_with_seed(block, key)));
-    });
-    floor(report, "512 blocks of 64 B, XXH3 chained by seed", hashed.clone());
+    let time = chained(std::slice::from_ref(&bytes), budget);
+    floor(report, "512 blocks of 64 B, XXH3 chained by seed", time);
     let mut keys = Vec::with_capacity(HASHED);
     let alone = batches(budget, |_| {
         keys.clear();
@@ -71,7 +67,14 @@ pub(crate) fn measure(report: &mut Report, budget: Duration) -> f64 {
         black_box(&mut keys);
     });
     floor(report, "512 blocks of 64 B, XXH3 each on its own", alone);
-    hashed.median()
+}
+
+/// Hashing prompts in turn, each block seeded by the one before.
+pub(crate) fn chained(prompts: &[Vec<[u8; 64]>], budget: Duration) -> Sample {
+    batches(budget, |at| {
+        let chain = black_box(&prompts[at % prompts.len()]).iter();
+        black_box(chain.fold(0, |key, block| xxh3_64_with_seed(block, key)));
+    })
 }
 
 fn floor(report: &mut Report, what: &str, mut time: Sample) {

@@ -110,6 +110,13 @@ impl Plan {
         self.prompts.len()
     }
 
+    /// The bytes that hashing the prompts reads.
+    pub(crate) fn bytes(&self) -> Vec<Vec<[u8; BLOCK * 4]>> {
+        let block = |tokens: &[u32]| std::array::from_fn(|at| tokens[at / 4].to_le_bytes()[at % 4]);
+        let prompt = |prompt: &Prompt| prompt.tokens.chunks_exact(BLOCK).map(block).collect();
+        self.prompts.iter().map(prompt).collect()
+    }
+
     /// Calls `apply` with each event. First comes what nobody asks for.
     fn events(&self, mut apply: impl FnMut(Event)) {
         let (shape, mut random) = (self.shape, self.random.clone());

@@ -56,7 +56,8 @@ struct Args {
     /// Measures only what has this in its metric and shape, such as "lookup p50 512x64".
     #[arg(long, value_name = "SUBSTRING")]
     only: Option<String>,
-    /// (block, pod) pairs that an index grows to; one that is looked up in has twice as many at most.
+    /// (block, pod) pairs that an index grows to; one that is looked up in has twice as many at
+    /// most, with `--quick` half as many.
     #[arg(long, value_name = "N")]
     entries: Option<usize>,
     /// Prints what the indexes answer to streams with known answers, and nothing else.
@@ -151,6 +152,8 @@ struct Run {
     report: Report,
     quick: bool,
     entries: usize,
+    /// (block, pod) pairs of an index to look up in, at most.
+    held: usize,
     rounds: usize,
     effort: Effort,
     wrong: Vec<String>,
@@ -172,10 +175,12 @@ fn main() -> anyhow::Result<()> {
     }
     let budget = Duration::from_millis(if args.quick { 8 } else { 40 });
     let cold = if args.quick { 16 } else { 48 };
+    let entries = args.entries.unwrap_or(if args.quick { 1_000_000 } else { 4_000_000 });
     let mut run = Run {
         report: Report::new(args.only),
         quick: args.quick,
-        entries: args.entries.unwrap_or(if args.quick { 1_000_000 } else { 4_000_000 }),
+        entries,
+        held: if args.quick { entries / 2 } else { 2 * entries },
         rounds: 3,
         effort: Effort { budget, empty: sample::empty_call(), cold },
         wrong: Vec::new(),
@@ -195,27 +200,27 @@ fn main() -> anyhow::Result<()> {
 
 impl Run {
     fn lookups(&mut self) {
-        let floor = floors::measure(&mut self.report, self.effort.budget);
+        floors::measure(&mut self.report, self.effort.budget);
         let pods: &[u32] = if self.quick { &[8, 64, 256] } else { &[8, 64, 256, 1024] };
         for blocks in [128, 512, 4096] {
             for &pods in pods {
                 let cases = [Case::Whole, Case::Half, Case::Miss];
-                self.shape(Shape { blocks, pods, fill: Fill::Full }, &cases, floor);
+                self.shape(Shape { blocks, pods, fill: Fill::Full }, &cases);
             }
         }
         for fill in [Fill::Frag, Fill::Stag] {
             for pods in [8, 64, 256] {
-                self.shape(Shape { blocks: 512, pods, fill }, &[Case::Whole], floor);
+                self.shape(Shape { blocks: 512, pods, fill }, &[Case::Whole]);
             }
         }
-        self.shape(Shape { blocks: 512, pods: 16, fill: Fill::Mix }, &[Case::Whole], floor);
+        self.shape(Shape { blocks: 512, pods: 16, fill: Fill::Mix }, &[Case::Whole]);
         for pods in [8, 64] {
             self.second_tier(pods);
         }
     }
 
     /// Every figure of one filled shape.
-    fn shape(&mut self, shape: Shape, cases: &[Case], floor: f64) {
+    fn shape(&mut self, shape: Shape, cases: &[Case]) {
         let common = |case| shape.fill == Fill::Full && case == Case::Whole;
         let cold = |case| common(case) && (shape.blocks, shape.pods != 1024) == (512, true);
         let whole =
@@ -233,7 +238,7 @@ impl Run {
         if cases.is_empty() {
             return;
         }
-        let plan = shape.plan(2 * self.entries);
+        let plan = shape.plan(self.held);
         let mut subjects = all_filled(&plan);
         for case in cases {
             let name = shape.name(case);
@@ -267,12 +272,12 @@ impl Run {
             if whole(case) {
                 let figures = self.figures(&mut subjects, |subject| subject.whole(effort).median());
                 self.report.add(WHOLE, &name, &figures, &note);
-                if shape.blocks == 512 {
-                    let least = floor + p50[0].1;
-                    let ratio = [(Ours::NAME, figures[0].1 / least)];
-                    let note = format!("floor {floor:.0} ns, lookup {:.0} ns", p50[0].1);
-                    self.report.add(WHOLE_FLOOR, &name, &ratio, &note);
-                }
+                let bytes = plan.bytes();
+                let floor =
+                    median_of(self.rounds, || floors::chained(&bytes, effort.budget).median());
+                let ratio = [(Ours::NAME, figures[0].1 / (floor + p50[0].1))];
+                let note = format!("floor {floor:.0} ns, lookup {:.0} ns", p50[0].1);
+                self.report.add(WHOLE_FLOOR, &name, &ratio, &note);
             }
         }
     }
@@ -299,8 +304,8 @@ impl Run {
         if !self.report.wants(TIER, &name) {
             return;
         }
-        let tiered = shape.plan(2 * self.entries);
-        let plain = Shape { fill: Fill::Full, ..shape }.plan(2 * self.entries);
+        let tiered = shape.plan(self.held);
+        let plain = Shape { fill: Fill::Full, ..shape }.plan(self.held);
         let mut subjects: Vec<_> =
             [&tiered, &plain].into_iter().filter_map(lookup::fill::<Ours>).collect();
         for subject in &mut subjects {

@@ -177,7 +177,6 @@ pub(crate) fn clear<C: Contender>(blocks: usize) -> Vec<f64> {
         while !ready.load(Ordering::Acquire) {
             std::hint::spin_loop();
         }
-        // Long enough for the reader to be asleep in nothing: it spins.
         let start = begin.elapsed();
         writer.apply(cleared);
         writer.flush();
