@@ -388,6 +388,9 @@ pub struct Storm {
     pub blocks: u64,
     /// Bursts.
     pub bursts: u64,
+    /// Bursts that were not seen to be drained within 10 s; `drain_ms` is of the others.
+    #[serde(default)]
+    pub undrained: u64,
     /// Blocks per second between first and last send.
     pub blocks_per_s: f64,
     /// Batches sent and not yet applied, largest.

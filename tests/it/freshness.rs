@@ -25,6 +25,7 @@ fn options(indexer: SocketAddr) -> WatchOptions {
         probes_per_s: 100.0,
         condition: "idle".to_owned(),
         engines: Vec::new(),
+        picker: None,
         storm: None,
         delayed: false,
     }

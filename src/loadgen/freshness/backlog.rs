@@ -9,12 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Board, Client, PATIENCE, PodHandle,
+    Board, Client, PATIENCE, PodHandle, call,
     storm::play::{Burst, Ledger},
 };
 use crate::{proto::kvindexer::ListPodsRequest, support::sync::lock};
@@ -53,15 +52,15 @@ pub(super) async fn watch(
     origin: Instant,
     mut client: Client,
     quiet: &CancellationToken,
-) -> anyhow::Result<Seen> {
-    let mut seen = Seen::default();
+    seen: &mut Seen,
+) -> anyhow::Result<()> {
     let mut lives = vec![Lives::default(); targets.len()];
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
-            () = quiet.cancelled() => return Ok(seen),
+            () = quiet.cancelled() => return Ok(()),
             _ = ticks.tick() => {}
         }
         let sent: Vec<(u64, u64)> = targets
@@ -71,7 +70,7 @@ pub(super) async fn watch(
                 (ledger.life, ledger.next)
             })
             .collect();
-        let rows = client.list_pods(ListPodsRequest {}).await.context("ListPods")?.into_inner();
+        let rows = call("ListPods", client.list_pods(ListPodsRequest {})).await?;
         let now = Instant::now();
         let mut batches = 0;
         for (((pod, ledger), lives), (life, next)) in targets.iter().zip(&mut lives).zip(sent) {
@@ -119,8 +118,8 @@ pub(super) async fn drains(
     origin: Instant,
     client: Client,
     board: &Board,
-) -> anyhow::Result<Drains> {
-    let mut drains = Drains::default();
+    drains: &mut Drains,
+) -> anyhow::Result<()> {
     while let Some(burst) = sent.recv().await {
         let mut waits = JoinSet::new();
         for &(at, sequence) in &burst.last {
@@ -139,7 +138,7 @@ pub(super) async fn drains(
         let span = [burst.began, end].map(|at| (at - origin).as_secs_f64());
         drains.bursts.push(span);
     }
-    Ok(drains)
+    Ok(())
 }
 
 /// When a sequence was seen to be applied, or its publisher to have started again; `None` = not in
@@ -153,7 +152,7 @@ async fn applied(
     let life = lock(&ledger).life;
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let answer = pod.wait(&mut client, sequence).await.context("WaitVisible")?;
+        let answer = pod.wait(&mut client, sequence).await?;
         let now = Instant::now();
         if answer.reached || lock(&ledger).life != life {
             return Ok(Some(now));

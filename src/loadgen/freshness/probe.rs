@@ -27,9 +27,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use super::{
-    Board, Client, PATIENCE, PROBE_TIMEOUT, PodHandle, WatchOptions, Watched, confirmed_depth,
+    Board, Client, PATIENCE, PROBE_TIMEOUT, PodHandle, WatchOptions, Watched, call,
+    confirmed_depth,
     delay::{Delay, DelayProxy},
-    followed, micros, percentiles, prompt,
+    followed, micros, percentiles,
+    picks::Picks,
+    prompt,
     steps::Steps,
     storm::cache::mix,
 };
@@ -64,9 +67,9 @@ impl Poller {
         let (asks, requests) = mpsc::channel(1);
         // To a minute.
         let gaps = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
-        let answers =
-            client.score_stream(ReceiverStream::new(requests)).await.context("ScoreStream")?;
-        Ok(Self { asks, answers: answers.into_inner(), last: None, gaps })
+        let answers = client.score_stream(ReceiverStream::new(requests));
+        let answers = call("ScoreStream", answers).await?;
+        Ok(Self { asks, answers, last: None, gaps })
     }
 
     /// Asks. `fresh` = there was nothing to look for before.
@@ -216,7 +219,7 @@ impl Probes {
         self.out.clear();
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let answer = self.pod.wait(&mut self.client, 0).await.context("WaitVisible")?;
+            let answer = self.pod.wait(&mut self.client, 0).await?;
             if answer.reached {
                 return Ok(());
             }
@@ -226,13 +229,22 @@ impl Probes {
         }
     }
 
-    /// Runs until `stop`, and until what is out then is seen or lost.
+    /// Runs until `stop`, and until what is out then is seen or lost. What is out when the indexer does not
+    /// answer is lost.
     pub(super) async fn run(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let outcome = self.probe(stop).await;
+        self.lost += self.out.len() as u64;
+        outcome
+    }
+
+    async fn probe(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut next = tokio::time::Instant::now();
         let mut asked: Option<Vec<u64>> = None;
+        let mut give_up = next;
         loop {
             if asked.is_none() && !self.out.is_empty() {
                 asked = Some(self.ask(true)?);
+                give_up = tokio::time::Instant::now() + PROBE_TIMEOUT;
             }
             if asked.is_none() {
                 self.compare().await?;
@@ -249,6 +261,7 @@ impl Probes {
                     self.look(&asked.take().unwrap_or_default(), &answer, now);
                     if !self.out.is_empty() {
                         asked = Some(self.ask(false)?);
+                        give_up = tokio::time::Instant::now() + PROBE_TIMEOUT;
                     }
                 }
                 () = tokio::time::sleep_until(next), if !stopping => {
@@ -263,7 +276,7 @@ impl Probes {
                     }
                 }
                 // An answer that does not come must not keep probes from being lost.
-                () = tokio::time::sleep(PROBE_TIMEOUT), if asked.is_some() => {
+                () = tokio::time::sleep_until(give_up), if asked.is_some() => {
                     bail!("the indexer does not answer ScoreStream within {PROBE_TIMEOUT:?}");
                 }
             }
@@ -374,8 +387,8 @@ impl Probes {
     }
 
     /// Writes down what was measured.
-    pub(super) fn report(self, steps: Steps, watched: &mut Watched) {
-        let all = percentiles(self.samples.iter().map(|(_, _, us)| *us).collect());
+    pub(super) fn report(self, steps: Steps, picks: Picks, watched: &mut Watched) {
+        let all = percentiles(self.samples.iter().map(|(_, _, us)| *us));
         let freshness = &mut watched.freshness;
         (freshness.p50, freshness.p95) = (all.p50, all.p95);
         (freshness.p99, freshness.max, freshness.n) = (all.p99, all.max, all.n);
@@ -387,7 +400,10 @@ impl Probes {
         if !steps.us.is_empty() {
             kinds.insert(format!("engine_step.{}", self.condition), steps.us);
         }
-        freshness.lost += steps.lost;
+        for (condition, us) in picks.samples {
+            kinds.entry(format!("endpoint_picker.{condition}")).or_default().push(us);
+        }
+        freshness.lost += steps.lost + picks.lost;
         freshness.kinds =
             kinds.into_iter().map(|(kind, values)| (kind, percentiles(values))).collect();
         freshness.resolution_us = self.poller.resolution_us();

@@ -174,6 +174,7 @@ fn scenario(
             batches: 6_000,
             blocks: 300_000,
             bursts: 6,
+            undrained: 0,
             blocks_per_s: 21_400.0,
             backlog_max_batches: 812,
             backlog_max_ms: 61.0,
