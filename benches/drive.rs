@@ -8,7 +8,6 @@
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    clippy::disallowed_methods,
     reason = "a benchmark may stop at the first fault"
 )]
 
@@ -118,7 +117,6 @@ fn drive(url: &str, concurrency: usize, duration: Duration) -> Driven {
         grace: Duration::from_millis(100),
         timeout: Duration::from_secs(10),
         threads: 1,
-        want_hits: false,
         progress: Arc::new(Progress::default()),
         cancel: CancellationToken::new(),
     };

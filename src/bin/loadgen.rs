@@ -190,11 +190,13 @@ fn scenarios(asked: Result<Asked>) -> ExitCode {
     let run = || {
         let Asked { specs, common, outputs, strict } = asked?;
         let runtime = tokio::runtime::Runtime::new()?;
-        let report = runtime.block_on(async {
+        let mut report = runtime.block_on(async {
             let stop = CancellationToken::new();
             let _signals = cancel_on_terminate(stop.clone())?;
             scenario::run(&specs, &common, &stop).await
         })?;
+        let line: Vec<String> = std::env::args().skip(1).collect();
+        report.config = serde_json::json!({"command": format!("loadgen {}", line.join(" "))});
         outputs.write(&report, &mut io::stdout())?;
         Ok(strict && !report.valid)
     };

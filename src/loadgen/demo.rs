@@ -18,6 +18,7 @@ use crate::{
     loadgen::{
         recording::{RankStream, Recording},
         replay::{Publisher, PublisherOptions, Sent},
+        stats,
     },
     proto::kvindexer::{
         ListPodsRequest, PodState, PodStatus, Prompt, RegisterPodRequest, ScoreRequest,
@@ -280,8 +281,7 @@ fn print_freshness(pods: &mut [Pod], out: &mut (dyn Write + Send)) -> Result<()>
 
 /// The smallest value that at least `quantile` of the sorted values do not exceed.
 fn percentile(sorted: &[u64], quantile: f64) -> Option<u64> {
-    let rank = (quantile * sorted.len() as f64).ceil() as usize;
-    sorted.get(rank.saturating_sub(1)).copied()
+    sorted.get(stats::rank(quantile, sorted.len()) - 1).copied()
 }
 
 async fn print_scores(

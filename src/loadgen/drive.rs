@@ -106,8 +106,6 @@ pub struct Drive {
     pub timeout: Duration,
     /// Threads that send, at least 1.
     pub threads: usize,
-    /// Ask endpoint pickers and engines for what they predicted and reused.
-    pub want_hits: bool,
     /// Where the live numbers go.
     pub progress: Arc<Progress>,
     /// Ends it early; what was measured is returned.
@@ -405,8 +403,11 @@ fn gaps() -> anyhow::Result<Histogram<u64>> {
     Ok(Histogram::new_with_bounds(1, lane::ns(MAX_GAP), 3)?)
 }
 
+/// Turns by the request that they wait for.
+type Turns = HashMap<u32, Vec<u32>>;
+
 /// The requests that wait for no other, in order; and those that wait for each.
-fn order(plan: &Plan) -> anyhow::Result<(Vec<u32>, HashMap<u32, Vec<u32>>)> {
+fn order(plan: &Plan) -> anyhow::Result<(Vec<u32>, Turns)> {
     let (mut firsts, mut turns) = (Vec::new(), HashMap::<u32, Vec<u32>>::new());
     for (index, request) in plan.requests.iter().enumerate() {
         let index = u32::try_from(index).context("a plan has fewer than 2^32 requests")?;

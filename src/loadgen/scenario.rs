@@ -162,8 +162,8 @@ pub async fn run(specs: &[Spec], common: &Common, cancel: &CancellationToken) ->
         if cancel.is_cancelled() {
             break;
         }
-        let place = (at + 1, total);
-        let measured = arm::run(spec, policy, repeat, common, place, cancel).await;
+        let arm = arm::Arm { spec, policy, repeat, place: (at + 1, total) };
+        let measured = arm::run(&arm, common, cancel).await;
         let measured = measured.with_context(|| format!("{} with policy {policy}", spec.name));
         match measured {
             Ok(scenarios) => report.scenarios.extend(scenarios),

@@ -9,7 +9,7 @@
 
 use hdrhistogram::Histogram;
 
-use super::report::{Difference, LoopKind, Percentiles, Spread};
+use super::report::{LoopKind, Percentiles, Spread};
 
 /// Quantiles that are reported, and how many samples each wants: P95 needs some ten samples beyond it,
 /// the others as many.
@@ -56,12 +56,6 @@ pub fn rank(p: f64, n: usize) -> usize {
 #[must_use]
 pub fn quantile(sorted: &[f64], p: f64) -> Option<f64> {
     sorted.get(rank(p, sorted.len()) - 1).copied()
-}
-
-/// Returns the median by nearest rank, of values in any order; `None` of none.
-#[must_use]
-pub fn median_rank(values: &[f64]) -> Option<f64> {
-    quantile(&sorted(values), 0.5)
 }
 
 fn sorted(values: &[f64]) -> Vec<f64> {
@@ -252,24 +246,6 @@ pub fn spread(values: &[f64]) -> Option<Spread> {
         (min.min(*value), max.max(*value))
     });
     median(values).map(|median| Spread { median, min, max, cv: cv(values) })
-}
-
-/// Sets the repeats of a policy against those of another one; both in the order of their seeds, so that
-/// pairs had the same plan. `None` without a pair that has a ratio. A policy has lost if the whole
-/// interval is on the worse side of 1; without an interval nobody has.
-#[must_use]
-pub fn compare(
-    policy: &[f64],
-    against: &[f64],
-    smaller_is_better: bool,
-    seed: u64,
-) -> Option<Difference> {
-    let pairs = policy.iter().zip(against).map(|(a, b)| a / b);
-    let ratios: Vec<f64> = pairs.filter(|ratio| ratio.is_finite()).collect();
-    let interval = bootstrap_median(&ratios, seed);
-    let lost =
-        interval.is_some_and(|[low, high]| if smaller_is_better { low > 1.0 } else { high < 1.0 });
-    median(&ratios).map(|ratio| Difference { ratio, interval, smaller_is_better, lost })
 }
 
 /// A P95 above this many times that of the first level is beyond the knee.

@@ -56,6 +56,9 @@ function call(method, params = {}, sessionId = undefined) {
 
 /// Runs inside the page.
 function inspect(click) {
+  // What is folded is looked at, too, and folded again for the picture.
+  const folded = [...document.querySelectorAll("details:not([open])")];
+  for (const details of folded) details.open = true;
   const plots = [...document.querySelectorAll("[data-plot]")].map((figure) => {
     const faults = [];
     const fault = (text) => { if (faults.length < 10) faults.push(text); };
@@ -94,6 +97,8 @@ function inspect(click) {
       svgs: svgs.length, drawn, marks, faults,
     };
   });
+  const width = document.documentElement.scrollWidth, text = document.body.innerText;
+  for (const details of folded) details.open = false;
   let toggled = 0;
   if (click) {
     const button = document.querySelector("[data-toggle]");
@@ -104,9 +109,9 @@ function inspect(click) {
   }
   return {
     title: document.title, plots, toggled, ground: getComputedStyle(document.body).backgroundColor,
-    page_width: document.documentElement.scrollWidth, window_width: innerWidth,
+    page_width: width, window_width: innerWidth,
     scripts: document.scripts.length, foreign: document.querySelectorAll("img, iframe, object, link, [onerror]").length,
-    text: document.body.innerText, hijacked: globalThis.hijacked ?? null,
+    text, hijacked: globalThis.hijacked ?? null,
   };
 }
 

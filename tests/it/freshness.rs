@@ -80,9 +80,11 @@ fn stores_and_removes_are_seen_and_a_delay_shows() {
     let delayed = watched(options, 1.5).unwrap();
     assert_eq!(delayed.freshness.lost, 0);
     for kind in ["store", "remove"] {
-        let late = p50(&delayed, &format!("{kind}.delayed"));
-        let soon = p50(&direct, &format!("{kind}.idle"));
-        assert!(late >= soon + 1_000.0, "{kind}: {late} against {soon}");
+        // The proxy holds each piece for 1 to 3 ms, so even the quickest probe is that late.
+        let of = |watched: &Watched, kind: &str| watched.freshness.kinds[kind].min.unwrap();
+        let late = of(&delayed, &format!("{kind}.delayed"));
+        let soon = of(&direct, &format!("{kind}.idle"));
+        assert!(late >= 1_000.0 && soon < late, "{kind}: {late} against {soon}");
     }
 }
 

@@ -17,12 +17,12 @@ use serde_json::json;
 const PLOTS: [&str; 8] = [
     "ttft-cdf",
     "load",
+    "comparisons",
     "timeline",
+    "freshness",
     "resources",
     "predictions",
     "shares",
-    "comparisons",
-    "freshness",
 ];
 
 /// What the browser says of a page.
@@ -153,6 +153,11 @@ fn a_full_report_is_drawn_on_every_screen() {
         assert!(!seen.text.contains("Not valid"));
         // A loss is said in words, too.
         assert!(seen.text.contains("1 loss"), "{}", seen.text);
+        for said in
+            ["WaitVisible P50", "ours − WaitVisible: P50 45", "precise none, approximate 30"]
+        {
+            assert!(seen.text.contains(said), "no {said:?} in {}", seen.text);
+        }
     }
     assert_ne!(seen[0].ground, seen[1].ground, "dark screens get the same colours");
 }
@@ -172,6 +177,7 @@ fn names_from_outside_are_text() {
     for seen in open("hostile", &sample::hostile(), &[DESK, PHONE]) {
         check_drawn(&seen);
         assert!(seen.text.contains("<script>hijacked=true"), "{}", seen.text);
+        assert!(seen.text.contains("wrong-7<script>") && seen.text.contains("and 12 more"));
     }
 }
 

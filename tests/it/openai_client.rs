@@ -14,7 +14,7 @@ const PYTHON_VARIABLE: &str = "KV_INDEXER_OPENAI_PYTHON";
 
 /// What the variable names, or else what `tests/run` put below the target folder.
 #[track_caller]
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     let named = env::var_os(PYTHON_VARIABLE).map(PathBuf::from);
     let installed = Path::new(env!("CARGO_BIN_EXE_loadgen"))
         .ancestors()

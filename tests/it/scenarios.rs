@@ -73,8 +73,12 @@ const SMALL: [&str; 6] = [
     "--seed=7",
 ];
 
+/// These arguments, and those of [`SMALL`] that they do not give.
 fn with<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
-    arguments.iter().chain(&SMALL).copied().collect()
+    let name = |argument: &str| argument.split('=').next().map(str::to_owned);
+    let given: Vec<_> = arguments.iter().map(|argument| name(argument)).collect();
+    let missing = SMALL.iter().filter(|argument| !given.contains(&name(argument)));
+    arguments.iter().chain(missing).copied().collect()
 }
 
 #[track_caller]

@@ -146,9 +146,9 @@ mod tests {
     const EVEN: Weights = Weights { prefix: 1.0, queue: 1.0, usage: 1.0 };
 
     #[track_caller]
-    fn check(policy: Policy, pods: &mut [Known], expected: usize) {
+    fn check(policy: &Policy, pods: &mut [Known], expected: usize) {
         // Blocks of 1,024 tokens: four are looked at.
-        let mut chooser = Chooser::new(&policy, EVEN, 1_024.0, 7);
+        let mut chooser = Chooser::new(policy, EVEN, 1_024.0, 7);
         for _ in 0..8 {
             assert_eq!(chooser.choose(&[1, 2, 3, 4], pods), expected, "{policy}");
         }
@@ -159,18 +159,18 @@ mod tests {
         let mut pods = vec![Known::default(), Known::default(), Known::default()];
         pods[1].see(&[(1, 1), (2, 1), (3, 1), (3, 1), (3, -1)]);
         pods[2].see(&[(1, 1), (2, 1), (3, 1), (3, -1)]);
-        check(Policy::Precise, &mut pods, 1);
+        check(&Policy::Precise, &mut pods, 1);
         pods[0].usage = 0.5;
         pods[1].waiting = 4;
-        check(Policy::LeastLoad, &mut pods, 2);
+        check(&Policy::LeastLoad, &mut pods, 2);
         // Three quarters of the prompt weigh more than the queue; not if nothing is there.
-        check(Policy::Precise, &mut pods, 2);
+        check(&Policy::Precise, &mut pods, 2);
         pods[1].waiting = 0;
         // Whom it chose once holds the prompt, it thinks.
         pods[2].usage = 0.1;
-        check(Policy::Approximate, &mut pods, 1);
+        check(&Policy::Approximate, &mut pods, 1);
         pods[1].usage = 0.9;
-        check(Policy::Approximate, &mut pods, 1);
+        check(&Policy::Approximate, &mut pods, 1);
     }
 
     #[test]

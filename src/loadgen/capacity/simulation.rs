@@ -33,6 +33,7 @@ use crate::{
             sequence::{Identity, Sequence},
         },
         stack::policy::Policy,
+        stats,
         workload::{Part, Planned, Prompt},
     },
     wire::encode::{Event, Hash},
@@ -212,8 +213,8 @@ impl Measured {
         StageOutcome {
             rate,
             requests: ttft.len(),
-            ttft_p50_s: percentile(ttft, 0.5),
-            ttft_p90_s: percentile(ttft, 0.9),
+            ttft_p50_s: stats::quantile(ttft, 0.5).unwrap_or_default(),
+            ttft_p90_s: stats::quantile(ttft, 0.9).unwrap_or_default(),
             ttft_mean_s: ttft.iter().sum::<f64>() / ttft.len().max(1) as f64,
             output_tps: self.tokens as f64 / scale_tokens / seconds,
             hit_ratio: hits as f64 / queries.max(1) as f64,
@@ -404,12 +405,6 @@ fn changes(events: &[Event]) -> Vec<(u64, i32)> {
         }));
     }
     changes
-}
-
-/// Nearest rank; 0 of nothing.
-fn percentile(sorted: &[f64], share: f64) -> f64 {
-    let rank = (share * sorted.len() as f64).ceil() as usize;
-    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
 }
 
 #[cfg(test)]

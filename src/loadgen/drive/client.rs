@@ -2,7 +2,7 @@
 //!
 //! # Concurrency
 //!
-//! A [`Client`] belongs to one thread. Its requests read into one buffer: nothing of it is kept between
+//! A `Client` belongs to one thread. Its requests read into one buffer: nothing of it is kept between
 //! two polls.
 //!
 //! # Failure

@@ -181,11 +181,9 @@ impl<B: FnMut(&super::super::workload::Planned) -> Vec<Bytes>> Lane<'_, B> {
                     Next::At(at) => {
                         let close = self.is_close(at);
                         let due_in = at.saturating_sub(self.clock.now());
-                        if due_in > BUSY_NS && self.make_one(now) {
-                            soon = true;
-                        } else if close && due_in <= SPIN_NS {
-                            soon = true;
-                        } else {
+                        soon = due_in > BUSY_NS && self.make_one(now);
+                        soon |= close && due_in <= SPIN_NS;
+                        if !soon {
                             wake = wake.min(if close { at - SPIN_NS } else { at });
                         }
                         wake = wake.min(last);

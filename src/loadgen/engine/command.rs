@@ -7,6 +7,57 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Engine, EngineOptions, EventForm, Pace};
 
+/// How long steps take, as flags.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct PaceArguments {
+    /// Microseconds that a request needs before it is queued.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().request_us)]
+    request_us: f64,
+    /// Microseconds of every step.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().step_us)]
+    step_us: f64,
+    /// Microseconds per prompt token that is not cached.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().prefill_us_per_token)]
+    prefill_us_per_token: f64,
+    /// Microseconds of every step that makes further tokens.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_step)]
+    decode_us_per_step: f64,
+    /// Further microseconds of such a step for each request in it that makes one.
+    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_sequence)]
+    decode_us_per_sequence: f64,
+    /// Factor of all five; 0 = as fast as possible.
+    #[arg(long, value_name = "FACTOR", default_value_t = Pace::default().scale)]
+    time_scale: f64,
+}
+
+impl From<PaceArguments> for Pace {
+    fn from(flags: PaceArguments) -> Self {
+        Self {
+            request_us: flags.request_us,
+            step_us: flags.step_us,
+            prefill_us_per_token: flags.prefill_us_per_token,
+            decode_us_per_step: flags.decode_us_per_step,
+            decode_us_per_sequence: flags.decode_us_per_sequence,
+            scale: flags.time_scale,
+        }
+    }
+}
+
+impl Pace {
+    /// The flags that mean this.
+    #[must_use]
+    pub fn arguments(&self) -> [String; 6] {
+        [
+            format!("--request-us={}", self.request_us),
+            format!("--step-us={}", self.step_us),
+            format!("--prefill-us-per-token={}", self.prefill_us_per_token),
+            format!("--decode-us-per-step={}", self.decode_us_per_step),
+            format!("--decode-us-per-sequence={}", self.decode_us_per_sequence),
+            format!("--time-scale={}", self.scale),
+        ]
+    }
+}
+
 /// Arguments of `loadgen engine`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct EngineArguments {
@@ -57,24 +108,8 @@ pub struct EngineArguments {
     /// Topic of the events; default: kv@IP:PORT@MODEL.
     #[arg(long, value_name = "TEXT")]
     topic: Option<String>,
-    /// Microseconds that a request needs before it is queued.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().request_us)]
-    request_us: f64,
-    /// Microseconds of every step.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().step_us)]
-    step_us: f64,
-    /// Microseconds per prompt token that is not cached.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().prefill_us_per_token)]
-    prefill_us_per_token: f64,
-    /// Microseconds of every step that makes further tokens.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_step)]
-    decode_us_per_step: f64,
-    /// Further microseconds of such a step for each request in it that makes one.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_sequence)]
-    decode_us_per_sequence: f64,
-    /// Factor of all five; 0 = as fast as possible.
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
-    time_scale: f64,
+    #[command(flatten)]
+    pace: PaceArguments,
     /// Refuse the render endpoints, as vLLM without --enable-scale-out.
     #[arg(long)]
     no_scale_out: bool,
@@ -113,14 +148,7 @@ impl EngineArguments {
             replay: unless_off(self.replay),
             form: self.form,
             topic: self.topic,
-            pace: Pace {
-                request_us: self.request_us,
-                step_us: self.step_us,
-                prefill_us_per_token: self.prefill_us_per_token,
-                decode_us_per_step: self.decode_us_per_step,
-                decode_us_per_sequence: self.decode_us_per_sequence,
-                scale: self.time_scale,
-            },
+            pace: self.pace.into(),
             model_dir: self.model_dir,
             scale_out: !self.no_scale_out,
             prompt_tokens_details: !self.no_prompt_tokens_details,

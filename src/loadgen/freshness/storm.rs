@@ -6,8 +6,8 @@
 //!
 //! | module | what it is for |
 //! | --- | --- |
-//! | [`cache`] | what a publisher holds, and its next message |
-//! | [`play`] | the thread that publishes |
+//! | `cache` | what a publisher holds, and its next message |
+//! | `play` | the thread that publishes |
 
 pub(super) mod cache;
 pub(super) mod play;

@@ -5,7 +5,7 @@
 //! Scenarios are matched by name, policy and level, and compared by the medians of their repeats. A
 //! quantity became worse if its median moved in the bad direction by more than the limit, **and** each
 //! median lies outside the range of the other report's repeats; with one repeat the range is a point, so
-//! that the limit alone decides. A share of errors has to grow by [`MIN_ERRORS`] besides. A scenario that
+//! that the limit alone decides. A share of errors has to grow by `MIN_ERRORS` besides. A scenario that
 //! is in the first report and not in the second is a failure.
 
 use std::{

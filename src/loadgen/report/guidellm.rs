@@ -174,27 +174,27 @@ fn scheduler_metrics(of: &Scenario, begin: f64, end: f64, totals: &Value) -> Val
 
 fn metrics(of: &Scenario, totals: &Value) -> Value {
     let n = complete(of);
-    let zero = || statuses(fixed(0.0, 0));
-    let mean = |value: f64| statuses(fixed(value, n));
+    let zero = || statuses(&fixed(0.0, 0));
+    let mean = |value: f64| statuses(&fixed(value, n));
     let (prompt, output) =
         (by_request(of, of.prompt_tokens_per_s), by_request(of, of.output_tokens_per_s));
     let open = of.pacing == LoopKind::Open;
-    let planned = |of: &Percentiles| if open { statuses(summary(of, 1e-3)) } else { Value::Null };
+    let planned = |of: &Percentiles| if open { statuses(&summary(of, 1e-3)) } else { Value::Null };
     json!({
         "request_totals": totals,
         "requests_per_second": mean(of.throughput_rps),
         "request_concurrency": mean(of.in_flight.mean),
-        "request_latency": statuses(summary(&of.latency_ms, 1e-3)),
+        "request_latency": statuses(&summary(&of.latency_ms, 1e-3)),
         "request_dispatch_delay": planned(&of.dispatch_delay_ms),
         "request_scheduled_latency": planned(&of.latency_ms),
         "request_streaming_iterations_count": mean(output),
         "prompt_token_count": mean(prompt),
         "output_token_count": mean(output),
         "total_token_count": mean(prompt + output),
-        "time_to_first_token_ms": statuses(summary(&of.ttft_from_send_ms, 1.0)),
-        "time_to_first_output_token_ms": statuses(summary(&of.ttft_from_send_ms, 1.0)),
-        "time_per_output_token_ms": statuses(summary(&of.tpot_ms, 1.0)),
-        "inter_token_latency_ms": statuses(summary(&of.itl_ms, 1.0)),
+        "time_to_first_token_ms": statuses(&summary(&of.ttft_from_send_ms, 1.0)),
+        "time_to_first_output_token_ms": statuses(&summary(&of.ttft_from_send_ms, 1.0)),
+        "time_per_output_token_ms": statuses(&summary(&of.tpot_ms, 1.0)),
+        "inter_token_latency_ms": statuses(&summary(&of.itl_ms, 1.0)),
         "time_to_last_round_trip_ms": zero(),
         "avg_round_trip_time_ms": zero(),
         "prompt_tokens_per_second": mean(of.prompt_tokens_per_s),
@@ -207,7 +207,7 @@ fn metrics(of: &Scenario, totals: &Value) -> Value {
 }
 
 /// Our distributions are of what was successful, and stand for the total.
-fn statuses(summary: Value) -> Value {
+fn statuses(summary: &Value) -> Value {
     json!({
         "successful": summary, "errored": fixed(0.0, 0), "incomplete": fixed(0.0, 0),
         "total": summary,

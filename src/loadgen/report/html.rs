@@ -23,6 +23,8 @@ use super::{LoopKind, Percentiles, Report, Scenario};
 
 /// Rows of a table.
 const ROWS: usize = 400;
+/// Pods that a cell names.
+const PODS: usize = 8;
 /// Warnings that are shown.
 const WARNINGS: usize = 100;
 /// Characters of one text from outside.
@@ -51,11 +53,12 @@ pub fn page(report: &Report) -> String {
     html.push_str("</header><main>");
     scenarios(report, &mut html);
     html.push_str(&plots::all(report, &how));
+    visible(report, &mut html);
     storms(report, &mut html);
     about(report, &mut html);
-    _ = write!(
+    _ = writeln!(
         html,
-        "</main><footer>kv-indexer loadgen {} · {}</footer><script>{SCRIPT}</script></body></html>\n",
+        "</main><footer>kv-indexer loadgen {} · {}</footer><script>{SCRIPT}</script></body></html>",
         escape(&shorten(&report.environment.version, 40)),
         escape(&shorten(&report.schema, 60)),
     );
@@ -69,7 +72,7 @@ fn how_to_repeat(report: &Report) -> String {
     seeds.dedup();
     let mut how = String::new();
     if let Some(command) = command(&report.config) {
-        _ = write!(how, "<code>{}</code>", escape(&shorten(&command, 200)));
+        _ = write!(how, "<code>{}</code>", escape(&shorten(command, 200)));
     }
     if !seeds.is_empty() {
         let more = if seeds.len() > 8 { ", …" } else { "" };
@@ -81,16 +84,9 @@ fn how_to_repeat(report: &Report) -> String {
     if how.is_empty() { how } else { format!("<span class=\"how\">{how}</span>") }
 }
 
-/// The command line, if the configuration has it: a text, or a list of texts.
-fn command(config: &Value) -> Option<String> {
-    let value = ["command", "command_line", "args"].iter().find_map(|key| config.get(*key))?;
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(words) => {
-            Some(words.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "))
-        }
-        _ => None,
-    }
+/// The command line, if the configuration has it as `command`.
+fn command(config: &Value) -> Option<&str> {
+    config.get("command")?.as_str()
 }
 
 /// Title, verdict, warnings.
@@ -256,6 +252,65 @@ fn scenarios(report: &Report, html: &mut String) {
     );
 }
 
+/// Freshness as an outside client sees it, beside what the indexer says of the same events.
+fn visible(report: &Report, html: &mut String) {
+    let measured = report.scenarios.iter().filter_map(|s| Some((s, s.freshness_us.as_ref()?)));
+    let measured: Vec<_> = measured.filter(|(_, fresh)| fresh.wait_visible.is_some()).collect();
+    if measured.is_empty() {
+        return;
+    }
+    let rows = measured.iter().map(|(s, fresh)| {
+        let of = |percentiles: &Option<Percentiles>| {
+            let cells = percentiles.as_ref().map(|p| {
+                [("p50", p.p50), ("p95", p.p95), ("p99", p.p99)]
+                    .map(|(n, v)| percentile_cell(p, n, v))
+            });
+            cells.unwrap_or_else(|| ["–", "–", "–"].map(str::to_owned))
+        };
+        let mut cells = vec![
+            name_cell(&s.name),
+            name_cell(&s.policy),
+            value_cell(s.level),
+            s.repeat.to_string(),
+            fresh.n.to_string(),
+            if fresh.lost == 0 {
+                "0".to_owned()
+            } else {
+                format!("<span class=\"bad\">{}</span>", fresh.lost)
+            },
+            value_cell(fresh.resolution_us),
+        ];
+        cells.extend([fresh.p50, fresh.p95, fresh.p99].map(value_cell));
+        cells.extend(of(&fresh.wait_visible));
+        cells.extend(of(&fresh.difference));
+        (if fresh.lost > 0 { "invalid" } else { "" }, cells)
+    });
+    table(
+        html,
+        "visible",
+        "Freshness, ours and the indexer’s, µs",
+        &[
+            "scenario",
+            "policy",
+            "level",
+            "repeat",
+            "probes",
+            "lost",
+            "between polls",
+            "Score P50",
+            "P95",
+            "P99",
+            "WaitVisible P50",
+            "P95",
+            "P99",
+            "difference P50",
+            "P95",
+            "P99",
+        ],
+        rows,
+    );
+}
+
 fn storms(report: &Report, html: &mut String) {
     let storms: Vec<_> =
         report.scenarios.iter().filter_map(|s| Some((s, s.storm.as_ref()?))).collect();
@@ -265,6 +320,14 @@ fn storms(report: &Report, html: &mut String) {
     let rows = storms.iter().map(|(s, storm)| {
         let lost = |n: u64| {
             if n == 0 { "0".to_owned() } else { format!("<span class=\"bad\">{n}</span>") }
+        };
+        let wrong = |pods: &[String]| match pods.len() {
+            0 => "none".to_owned(),
+            n => {
+                let named = pods.iter().take(PODS).map(|pod| name_cell(pod)).collect::<Vec<_>>();
+                let more = if n > PODS { format!(" and {} more", n - PODS) } else { String::new() };
+                format!("<span class=\"bad\">{}{more}</span>", named.join(", "))
+            }
         };
         let cells = vec![
             name_cell(&s.name),
@@ -281,7 +344,7 @@ fn storms(report: &Report, html: &mut String) {
             lost(storm.lost_batches),
             storm.gaps.to_string(),
             storm.replays.to_string(),
-            lost(storm.wrong_pods.len() as u64),
+            wrong(&storm.wrong_pods),
             value_cell(storm.indexer_ns_per_block),
         ];
         (if storm.lost_batches > 0 || !storm.wrong_pods.is_empty() { "invalid" } else { "" }, cells)
@@ -387,8 +450,8 @@ mod tests {
 
     #[test]
     fn the_command_is_taken_from_the_configuration() {
-        assert_eq!(command(&serde_json::json!({"args": ["a", "b"]})).as_deref(), Some("a b"));
-        assert_eq!(command(&serde_json::json!({"command": "c"})).as_deref(), Some("c"));
+        assert_eq!(command(&serde_json::json!({"command": "c"})), Some("c"));
+        assert_eq!(command(&serde_json::json!({"command": ["c"]})), None);
         assert_eq!(command(&Value::Null), None);
     }
 }

@@ -11,16 +11,13 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
 };
 
-use super::{Comparison, Difference, Percentiles, Report, Scenario, Spread, Summary};
+use super::{Comparison, Difference, Percentiles, Report, Scenario, Summary};
+use crate::loadgen::stats;
 
 /// The policy that is judged.
 const JUDGED: &str = "precise";
 /// What a policy may be worse than another by before it counts as lost.
 const TOLERANCE: f64 = 0.05;
-/// Pairs below which a bootstrap says nothing.
-const MIN_PAIRS: usize = 3;
-/// Resamples of the bootstrap.
-const RESAMPLES: usize = 2_000;
 /// Seed of the bootstrap: equal reports give equal intervals.
 const SEED: u64 = 0x6c6f_6164;
 /// The quantities in which policies are compared: what a client sees. Cost is not among them, since
@@ -100,15 +97,6 @@ pub fn smaller_is_better(quantity: &str) -> bool {
     !larger.contains(&quantity)
 }
 
-/// The middle value; the mean of the two middle ones. `None` without values.
-#[must_use]
-pub fn median(values: &mut [f64]) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let upper = *values.get(values.len() / 2)?;
-    let lower = values[(values.len() - 1) / 2];
-    Some(f64::midpoint(lower, upper))
-}
-
 /// Groups scenarios by name, policy and level, in the order in which they first occur.
 #[must_use]
 pub fn grouped(report: &Report) -> Vec<Vec<&Scenario>> {
@@ -125,20 +113,6 @@ pub fn grouped(report: &Report) -> Vec<Vec<&Scenario>> {
         }
     }
     groups
-}
-
-impl Spread {
-    /// Takes repeats together; `None` without any.
-    #[must_use]
-    pub fn of(values: &[f64]) -> Option<Self> {
-        let mut sorted = values.to_vec();
-        let median = median(&mut sorted)?;
-        let n = sorted.len() as f64;
-        let mean = sorted.iter().sum::<f64>() / n;
-        let squares: f64 = sorted.iter().map(|value| (value - mean).powi(2)).sum();
-        let cv = (sorted.len() > 1 && mean != 0.0).then(|| (squares / (n - 1.0)).sqrt() / mean);
-        Some(Self { median, min: sorted[0], max: sorted[sorted.len() - 1], cv })
-    }
 }
 
 impl Report {
@@ -158,7 +132,7 @@ impl Report {
                 repeats: repeats.len() as u32,
                 quantities: values
                     .into_iter()
-                    .filter_map(|(name, values)| Some((name, Spread::of(&values)?)))
+                    .filter_map(|(name, values)| Some((name, stats::spread(&values)?)))
                     .collect(),
             }
         });
@@ -200,7 +174,7 @@ fn compared(judged: &[&Scenario], other: &[&Scenario]) -> Comparison {
     }
     let quantities = ratios
         .into_iter()
-        .filter_map(|(name, mut ratios)| Some((name.to_owned(), difference(name, &mut ratios)?)))
+        .filter_map(|(name, ratios)| Some((name.to_owned(), difference(name, &ratios)?)))
         .collect();
     Comparison {
         name: judged[0].name.clone(),
@@ -221,10 +195,10 @@ fn ratio(ours: f64, theirs: f64) -> Option<f64> {
 
 /// What the ratios of the pairs say. Where there are too few for an interval, a loss is what the ratio
 /// alone says: a loss is not hidden by few repeats.
-fn difference(name: &str, ratios: &mut [f64]) -> Option<Difference> {
+fn difference(name: &str, ratios: &[f64]) -> Option<Difference> {
     let smaller_is_better = smaller_is_better(name);
-    let interval = interval(ratios);
-    let ratio = median(ratios)?;
+    let interval = stats::bootstrap_median(ratios, SEED);
+    let ratio = stats::median(ratios)?;
     let worse = |value: f64, than: f64| {
         value.partial_cmp(&than)
             == Some(if smaller_is_better { Ordering::Greater } else { Ordering::Less })
@@ -232,22 +206,4 @@ fn difference(name: &str, ratios: &mut [f64]) -> Option<Difference> {
     let limit = if smaller_is_better { 1.0 + TOLERANCE } else { 1.0 - TOLERANCE };
     let apart = interval.is_none_or(|ends| ends.iter().all(|end| worse(*end, 1.0)));
     Some(Difference { ratio, interval, smaller_is_better, lost: worse(ratio, limit) && apart })
-}
-
-/// 95 % bootstrap interval of the median.
-fn interval(ratios: &[f64]) -> Option<[f64; 2]> {
-    if ratios.len() < MIN_PAIRS {
-        return None;
-    }
-    let mut random = fastrand::Rng::with_seed(SEED);
-    let mut medians: Vec<f64> = (0..RESAMPLES)
-        .filter_map(|_| {
-            let mut drawn: Vec<f64> =
-                ratios.iter().map(|_| ratios[random.usize(..ratios.len())]).collect();
-            median(&mut drawn)
-        })
-        .collect();
-    medians.sort_by(f64::total_cmp);
-    let at = |share: f64| medians[((RESAMPLES - 1) as f64 * share).round() as usize];
-    Some([at(0.025), at(0.975)])
 }

@@ -5,15 +5,11 @@ use std::{
     io::{self, Write},
 };
 
-use super::{
-    Percentiles, Report, Scenario,
-    repeats::{grouped, median},
-};
+use super::{Percentiles, Report, Scenario, repeats::grouped};
+use crate::loadgen::stats::{self, median};
 
 /// Columns of a line.
 pub const WIDTH: usize = 120;
-/// Share of the largest throughput at which the knee is.
-const KNEE: f64 = 0.95;
 /// Components in one table of costs.
 const COMPONENTS: usize = 5;
 
@@ -24,8 +20,8 @@ TTFT is from the intended arrival to the first token, and counts unfinished requ
 'sent p95' is the same from the send. ITL: all gaps between pieces of an answer. Hit: cached / prompt tokens.
 Off: mean |predicted - actual| tokens per request. Regret: tokens that the best pod held and the chosen one did not.
 Fresh: from publishing an event to the first score that shows it. Imbal: largest / mean share of a pod.
-Knee: first level with 95% of the largest throughput. ~ marks percentiles with too few samples
-(p95 wants 200, p99 1000, p99.9 10000). '-' was not measured.";
+Knee: last level before P95 exceeds 3 times the first level's, or throughput falls, or stays where more was in flight.
+~ marks percentiles with too few samples (p95 wants 200, p99 1000, p99.9 10000). '-' was not measured.";
 
 /// Writes the summary tables.
 ///
@@ -153,19 +149,21 @@ fn knees(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
     }
     let mut knees = Vec::new();
     for policy in policies {
-        let mut levels: Vec<(f64, f64)> = groups
-            .iter()
-            .filter(|group| group[0].policy == policy)
+        let of_policy = groups.iter().filter(|group| group[0].policy == policy);
+        let mut levels: Vec<(f64, f64, f64)> = of_policy
+            .clone()
             .filter_map(|group| {
-                let mut rates: Vec<f64> = group.iter().map(|of| of.throughput_rps).collect();
-                Some((group[0].level?, median(&mut rates)?))
+                let rates: Vec<f64> = group.iter().map(|of| of.throughput_rps).collect();
+                let p95s: Vec<f64> = group.iter().filter_map(|of| of.ttft_ms.p95).collect();
+                Some((group[0].level?, median(&rates)?, median(&p95s)?))
             })
             .collect();
         levels.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let most = levels.iter().map(|level| level.1).fold(0.0, f64::max);
-        let knee = levels.iter().find(|level| level.1 >= KNEE * most);
-        if let Some((level, rate)) = knee.filter(|_| levels.len() > 1) {
-            knees.push(format!("{policy} {} ({} req/s)", number(*level), number(*rate)));
+        let pacing = of_policy.map(|group| group[0].pacing).next().unwrap_or_default();
+        if levels.len() > 1 {
+            let knee = stats::knee(&levels, pacing);
+            let at = knee.map_or_else(|| "none".to_owned(), number);
+            knees.push(format!("{policy} {at}"));
         }
     }
     if knees.is_empty() {
@@ -364,8 +362,8 @@ fn at(level: Option<f64>) -> String {
 
 /// Median over the repeats that have it.
 fn over(group: &[&Scenario], of: impl Fn(&Scenario) -> Option<f64>) -> String {
-    let mut values: Vec<f64> = group.iter().filter_map(|scenario| of(scenario)).collect();
-    median(&mut values).map_or("-".to_owned(), number)
+    let values: Vec<f64> = group.iter().filter_map(|scenario| of(scenario)).collect();
+    median(&values).map_or("-".to_owned(), number)
 }
 
 /// Largest of the repeats: of faults, one is enough.
@@ -387,8 +385,8 @@ fn percentile(
         "p99" => of.p99,
         _ => of.max,
     };
-    let mut values: Vec<f64> = all.iter().filter_map(value).collect();
-    let Some(value) = median(&mut values) else { return "-".to_owned() };
+    let values: Vec<f64> = all.iter().filter_map(value).collect();
+    let Some(value) = median(&values) else { return "-".to_owned() };
     let doubtful = all.iter().any(|of| of.doubtful.iter().any(|doubtful| doubtful == name));
     format!("{}{}", if doubtful { "~" } else { "" }, number(value))
 }

@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Common, Load, Spec};
 use crate::loadgen::{
-    drive::{self, Drive, Driven, Ended, Pacing, Target},
+    drive::{self, Drive, Driven, Ended, Exchange, Pacing, Target},
     environment,
     freshness::{self, WatchOptions, Watched},
     measure::{self, MeasureOptions},
-    progress::{Arm, Display, Progress},
+    progress::{self, Display, Progress},
     report::Scenario,
     resources::{Component, Sampler, Watched as Source},
     stack::{EngineAddress, Policy, Predictions, Stack, StackOptions},
@@ -31,15 +31,29 @@ use crate::loadgen::{
 const SAMPLE: Duration = Duration::from_millis(100);
 /// How many requests of the warm-up are in flight, by pod.
 const WARM_PER_POD: usize = 2;
-/// How many of a closed loop's requests are planned for each second and place in flight: more than any
-/// pod answers.
-const PER_PLACE_AND_SECOND: f64 = 400.0;
 /// The model that probes of freshness are stored for; no request names it.
 const PROBE_MODEL: &str = "loadgen-probe";
 /// How long the last probes, and what a storm left behind, may take.
 const WATCH_ENDS: Duration = Duration::from_secs(30);
-/// Requests of a closed loop that are planned at most.
-const MOST_PLANNED: usize = 400_000;
+/// Requests of a closed loop that are planned for each place and second, and for each second: more than
+/// any server answers.
+const PER_PLACE_AND_SECOND: f64 = 10_000.0;
+const PER_SECOND: f64 = 20_000.0;
+/// Requests of a level that are planned at most: they take some 200 bytes each.
+const MOST_PLANNED: usize = 150_000;
+
+/// One policy, once.
+#[derive(Clone, Copy, Debug)]
+pub struct Arm<'a> {
+    /// What is run.
+    pub spec: &'a Spec,
+    /// Who routes.
+    pub policy: &'a Policy,
+    /// Which repeat, from 0.
+    pub repeat: u32,
+    /// Which arm of how many, from 1.
+    pub place: (usize, usize),
+}
 
 /// Where an arm's requests go, and what belongs to it.
 struct Ground {
@@ -52,7 +66,8 @@ struct Ground {
 }
 
 impl Ground {
-    async fn start(spec: &Spec, policy: &Policy, common: &Common) -> Result<Self> {
+    async fn start(arm: &Arm<'_>, common: &Common) -> Result<Self> {
+        let Arm { spec, policy, .. } = *arm;
         let ourselves = Component {
             name: "loadgen".to_owned(),
             sources: vec![Source::Pid(std::process::id())],
@@ -96,15 +111,12 @@ impl Ground {
 ///
 /// What cannot be started or reached, and a stack that was not empty at its start.
 pub async fn run(
-    spec: &Spec,
-    policy: &Policy,
-    repeat: u32,
+    arm: &Arm<'_>,
     common: &Common,
-    place: (usize, usize),
     cancel: &CancellationToken,
 ) -> Result<Vec<Scenario>> {
-    let mut ground = Ground::start(spec, policy, common).await?;
-    let outcome = levels(spec, policy, repeat, common, place, cancel, &mut ground).await;
+    let mut ground = Ground::start(arm, common).await?;
+    let outcome = levels(arm, common, cancel, &mut ground).await;
     if let Some(stack) = ground.stack.take() {
         stack.stop().await;
     }
@@ -112,25 +124,23 @@ pub async fn run(
 }
 
 async fn levels(
-    spec: &Spec,
-    policy: &Policy,
-    repeat: u32,
+    arm: &Arm<'_>,
     common: &Common,
-    place: (usize, usize),
     cancel: &CancellationToken,
     ground: &mut Ground,
 ) -> Result<Vec<Scenario>> {
-    let seed = common.seed.wrapping_add(u64::from(repeat));
+    let spec = arm.spec;
+    let seed = common.seed.wrapping_add(u64::from(arm.repeat));
     let progress = Arc::new(Progress::default());
     let display = Display::start(Arc::clone(&progress), common.display);
-    let mut driver = Driver { common, ground, progress: &progress, cancel, spec, policy, place };
-    warm_up(spec, seed, &driver).await?;
+    let mut driver = Driver { arm, common, ground, progress: &progress, cancel, seed };
+    warm_up(&driver).await?;
     let mut scenarios = Vec::new();
     for level in planned(spec, seed) {
         if cancel.is_cancelled() {
             break;
         }
-        let mut scenario = driver.level(repeat, seed, &level).await?;
+        let mut scenario = driver.level(&level).await?;
         if let Some(fault) = driver.fault() {
             scenario.warnings.push(fault);
             scenario.valid = false;
@@ -151,55 +161,51 @@ struct Level {
     duration: Option<Duration>,
 }
 
-/// All levels. Their requests go on where those of the level before ended, so that what is meant to be
-/// new is new.
-fn planned(spec: &Spec, seed: u64) -> Vec<Level> {
+/// All levels, each made when it is taken. Their requests go on where those of the level before ended, so
+/// that what is meant to be new is new.
+fn planned(spec: &Spec, seed: u64) -> Box<dyn Iterator<Item = Level> + Send + '_> {
     let mut begun = 0;
-    let mut take = |count: usize| {
+    let mut take = move |count: usize| {
         let from = begun;
         begun += count as u64;
         spec.workload.as_ref().map_or_else(Vec::new, |it| it.requests_from(seed, from, count))
     };
     let most = spec.requests.unwrap_or(usize::MAX);
     match &spec.load {
-        Load::Concurrency(levels) => levels
-            .iter()
-            .map(|&concurrency| {
-                let wanted =
-                    PER_PLACE_AND_SECOND * concurrency as f64 * spec.duration.as_secs_f64();
-                let count = (wanted as usize).clamp(concurrency, MOST_PLANNED).min(most);
-                Level {
-                    plan: Plan::closed(take(count)),
-                    pacing: Pacing::Closed { concurrency },
-                    level: Some(concurrency as f64),
-                    asked_rps: None,
-                    duration: Some(spec.duration),
-                }
-            })
-            .collect(),
-        Load::Arrivals(levels) => levels
-            .iter()
-            .enumerate()
-            .map(|(at, arrivals)| {
-                let mut times = arrivals
-                    .times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
-                times.truncate(most);
-                let plan = Plan::open(take(times.len()), &times);
-                let level = (levels.len() > 1).then_some(arrivals.rate());
-                let asked_rps = Some(times.len() as f64 / spec.duration.as_secs_f64());
-                Level { plan, pacing: Pacing::Open, level, asked_rps, duration: None }
-            })
-            .collect(),
+        Load::Concurrency(levels) => Box::new(levels.iter().map(move |&concurrency| {
+            let per_second = (PER_PLACE_AND_SECOND * concurrency as f64).min(PER_SECOND);
+            let wanted = (per_second * spec.duration.as_secs_f64()) as usize;
+            let count = wanted.clamp(concurrency, MOST_PLANNED).min(most);
+            Level {
+                plan: Plan::closed(take(count)),
+                pacing: Pacing::Closed { concurrency },
+                level: Some(concurrency as f64),
+                asked_rps: None,
+                duration: Some(spec.duration),
+            }
+        })),
+        Load::Arrivals(levels) => Box::new(levels.iter().enumerate().map(move |(at, arrivals)| {
+            let mut times =
+                arrivals.times(seed.wrapping_mul(1_000_003).wrapping_add(at as u64), spec.duration);
+            times.truncate(most);
+            let plan = Plan::open(take(times.len()), &times);
+            let level = (levels.len() > 1).then_some(arrivals.rate());
+            let asked_rps = Some(times.len() as f64 / spec.duration.as_secs_f64());
+            Level { plan, pacing: Pacing::Open, level, asked_rps, duration: None }
+        })),
         Load::Recorded { requests, .. } => {
             let plan = Plan { requests: requests.iter().take(most).cloned().collect() };
-            vec![Level { plan, pacing: Pacing::Open, level: None, asked_rps: None, duration: None }]
+            let level =
+                Level { plan, pacing: Pacing::Open, level: None, asked_rps: None, duration: None };
+            Box::new(std::iter::once(level))
         }
     }
 }
 
 /// Sends the first request alone and looks whether anything was there already, then everything that
 /// stays.
-async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
+async fn warm_up(driver: &Driver<'_>) -> Result<()> {
+    let (spec, seed) = (driver.arm.spec, driver.seed);
     let ours = driver.ground.stack.is_some();
     if !ours && !spec.warm {
         return Ok(());
@@ -248,22 +254,20 @@ async fn warm_up(spec: &Spec, seed: u64, driver: &Driver<'_>) -> Result<()> {
 
 /// What it takes to send.
 struct Driver<'a> {
+    arm: &'a Arm<'a>,
     common: &'a Common,
     ground: &'a mut Ground,
     progress: &'a Arc<Progress>,
     cancel: &'a CancellationToken,
-    spec: &'a Spec,
-    policy: &'a Policy,
-    /// Which arm of how many.
-    place: (usize, usize),
+    seed: u64,
 }
 
 impl Driver<'_> {
     /// Tells whoever watches what is done from now on.
     fn begin(&self, phase: &str, asked_rps: Option<f64>) {
-        let (number, of) = self.place;
-        self.progress.begin(Arm {
-            scenario: format!("{} {phase}", self.spec.name).trim_end().to_owned(),
+        let (number, of) = self.arm.place;
+        self.progress.begin(progress::Arm {
+            scenario: format!("{} {phase}", self.arm.spec.name).trim_end().to_owned(),
             policy: self.policy_name(),
             number: u32::try_from(number).unwrap_or(u32::MAX),
             of: u32::try_from(of).unwrap_or(u32::MAX),
@@ -285,7 +289,6 @@ impl Driver<'_> {
             grace: common.grace,
             timeout: common.timeout,
             threads: common.threads,
-            want_hits: true,
             progress: Arc::clone(self.progress),
             cancel: self.cancel.clone(),
         };
@@ -297,13 +300,13 @@ impl Driver<'_> {
         self.ground.stack.as_mut()?.fault()
     }
 
-    async fn level(&self, repeat: u32, seed: u64, level: &Level) -> Result<Scenario> {
-        let spec = self.spec;
+    async fn level(&self, level: &Level) -> Result<Scenario> {
+        let Arm { spec, repeat, .. } = *self.arm;
         self.begin(&level.level.map_or_else(String::new, |at| format!("at {at}")), level.asked_rps);
-        let load_before = environment::load_average();
         let before = self.predictions().await;
         let watching = self.watch(spec);
-        let sampler = Sampler::start(self.ground.components.clone(), SAMPLE)?;
+        let shown = Some(Arc::clone(self.progress));
+        let sampler = Sampler::start_showing(self.ground.components.clone(), SAMPLE, shown)?;
         let driven = self.send(level.plan.clone(), level.pacing, level.duration).await;
         let sampled = sampler.finish();
         let watched = match watching {
@@ -329,25 +332,27 @@ impl Driver<'_> {
                 Some((window.as_secs_f64().to_string(), index))
             })
             .collect();
-        let ideal = hits::ideal_hits(level.plan.requests.iter(), self.common.fleet.block_size);
+        // What was planned and not sent could not be reused either.
+        let planned = |exchange: &Exchange| level.plan.requests.get(exchange.request as usize);
+        let sent = driven.exchanges.iter().filter_map(planned);
+        let ideal = hits::ideal_hits(sent, self.common.fleet.block_size);
         let options = MeasureOptions {
             name: &spec.name,
             policy: &policy,
             repeat,
             level: level.level,
             workload: spec.described(),
-            seed,
+            seed: self.seed,
             asked_rps: level.asked_rps,
             block_size: u32::try_from(self.common.fleet.block_size).unwrap_or(u32::MAX),
             pacing: Some(level.pacing),
             threads: self.common.threads,
             cores: environment::cores(),
-            load_before,
             pods: self.ground.engines.len(),
             gateway: &gateway,
             dispersion,
             prediction_source: "each answer",
-            objectives: self.common.objectives.clone(),
+            objectives: self.common.objectives,
             resources: Some(&sampled),
             probes: watched.as_ref().map_or(&[], |it| it.probes.as_slice()),
             backlog: watched.as_ref().map_or(&[], |it| it.backlog.as_slice()),
@@ -364,6 +369,16 @@ impl Driver<'_> {
             scenario.storm = watched.storm;
             doubts.extend(watched.warnings);
         }
+        if let (Pacing::Closed { .. }, Some(duration)) = (level.pacing, level.duration)
+            && spec.requests.is_none()
+            && driven.unsent == 0
+            && driven.sending < duration.mul_f64(0.9)
+        {
+            doubts.push(format!(
+                "all {} planned requests were sent before the time was over",
+                level.plan.requests.len()
+            ));
+        }
         scenario.valid &= doubts.is_empty();
         scenario.warnings.extend(doubts);
         Ok(scenario)
@@ -376,14 +391,14 @@ impl Driver<'_> {
 
     /// Our endpoint picker, if it routes by the index.
     fn picker_that_asks(&self) -> Option<SocketAddr> {
-        let precise = *self.policy == Policy::Precise;
+        let precise = *self.arm.policy == Policy::Precise;
         self.ground.stack.as_ref().filter(|_| precise)?.ext_proc()
     }
 
     fn policy_name(&self) -> String {
         match self.common.elsewhere {
             Some(_) => "gateway".to_owned(),
-            None => self.policy.to_string(),
+            None => self.arm.policy.to_string(),
         }
     }
 

@@ -1,10 +1,6 @@
 //! `loadgen steady`, `throughput`, `sweep` and `trace run`: their flags.
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -101,6 +97,43 @@ impl RunTrace {
     }
 }
 
+/// What comes of a run, and who stands in front: for the short version, too.
+#[derive(Clone, Debug, Args)]
+pub(super) struct ReportFlags {
+    /// Put real Envoy in front: its binary, or the one on PATH.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "envoy")]
+    envoy: Option<PathBuf>,
+    #[command(flatten)]
+    outputs: Outputs,
+    /// Exit with 3 if the report is not valid.
+    #[arg(long)]
+    strict: bool,
+    /// No live numbers.
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+impl ReportFlags {
+    /// Envoy at the given path; a bare `envoy` is looked for on `PATH`.
+    pub(super) fn envoy(&self) -> Result<Option<PathBuf>> {
+        let given = self.envoy.as_deref();
+        given
+            .map(|path| envoy::find(Some(path).filter(|path| path.as_os_str() != "envoy")))
+            .transpose()
+    }
+
+    /// Live numbers, unless they are not wanted.
+    pub(super) fn display(&self) -> progress::Options {
+        let shown = if self.quiet { progress::Shown::Quiet } else { progress::Shown::Auto };
+        progress::Options { shown, ..progress::Options::default() }
+    }
+
+    /// What to do with the report of these scenarios.
+    pub(super) fn asked(self, specs: Vec<Spec>, common: Common) -> Asked {
+        Asked { specs, common, outputs: self.outputs, strict: self.strict }
+    }
+}
+
 /// What all scenarios take.
 #[derive(Clone, Debug, Args)]
 pub struct Shared {
@@ -136,9 +169,6 @@ pub struct Shared {
     /// The indexer beside --target, for freshness.
     #[arg(long, value_name = "IP:PORT")]
     indexer: Option<SocketAddr>,
-    /// Put real Envoy in front: its binary, or the one on PATH.
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "envoy")]
-    envoy: Option<PathBuf>,
     /// Certificates that an https target is trusted by, PEM; the system's without it.
     #[arg(long, value_name = "FILE")]
     tls_ca: Option<PathBuf>,
@@ -178,13 +208,7 @@ pub struct Shared {
     #[arg(long, value_name = "TEXT")]
     slo: Option<Objectives>,
     #[command(flatten)]
-    outputs: Outputs,
-    /// Exit with 3 if the report is not valid.
-    #[arg(long)]
-    strict: bool,
-    /// No live numbers.
-    #[arg(long, short)]
-    quiet: bool,
+    report: ReportFlags,
 }
 
 /// Traffic that the default fleet can take and that shows what routing is worth: 73 % of its caches.
@@ -362,7 +386,7 @@ impl Shared {
             None => policies(&self.policies)?,
         };
         let http = self.http()?;
-        let envoy = self.envoy.as_deref().map(find_envoy).transpose()?;
+        let envoy = self.report.envoy()?;
         let spec = Spec {
             name: name.to_owned(),
             workload: (!recorded).then_some(self.workload),
@@ -390,9 +414,9 @@ impl Shared {
             probes_per_s: self.probes,
             delayed: self.delayed_probes,
             objectives: self.slo,
-            display: display(self.quiet),
+            display: self.report.display(),
         };
-        Ok(Asked { specs: vec![spec], common, outputs: self.outputs, strict: self.strict })
+        Ok(self.report.asked(vec![spec], common))
     }
 
     fn http(&self) -> Result<HttpOptions> {
@@ -433,17 +457,6 @@ impl Shared {
         }
         Ok(Some(Elsewhere { url, indexer: self.indexer, components }))
     }
-}
-
-/// Envoy at the given path; a bare `envoy` is looked for on `PATH`.
-pub(super) fn find_envoy(given: &Path) -> Result<PathBuf> {
-    envoy::find(Some(given).filter(|given| given.as_os_str() != "envoy"))
-}
-
-/// Live numbers, unless they are not wanted.
-pub(super) fn display(quiet: bool) -> progress::Options {
-    let shown = if quiet { progress::Shown::Quiet } else { progress::Shown::Auto };
-    progress::Options { shown, ..progress::Options::default() }
 }
 
 /// Policies from a list with semicolons or commas; `all` are the five.

@@ -1,14 +1,14 @@
 //! `loadgen` alone: a short version of the three scenarios, and the workloads on which routing by prefix
 //! has nothing to win.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
 
 use super::{
-    Common, Load, Outputs, Spec,
-    command::{self, Asked},
+    Common, Load, Spec,
+    command::{self, Asked, ReportFlags},
 };
 use crate::loadgen::{
     capacity,
@@ -18,21 +18,21 @@ use crate::loadgen::{
 };
 
 /// How many times faster than the fleet of the published benchmark the engines are.
-const SPEED: f64 = 10.0;
+const SPEED: f64 = 25.0;
 /// Factor of lengths.
 const TOKEN_SCALE: f64 = 0.1;
 /// 73 % of the fleet's caches, over and over.
-const SHARED: &str = "shared-prefix:groups=30,prompts=5,system=600,question=120,output=16";
+const SHARED: &str = "shared-prefix:groups=30,prompts=5,system=600,question=120,output=8";
 /// Workloads on which prefixes are worth little or nothing: name, workload, requests per second.
 const LOSING: [(&str, &str, f64); 5] = [
-    ("unique", "unique:prompt=720,output=16", 40.0),
-    ("one-prefix", "one-prefix:system=600,question=120,output=16", 100.0),
+    ("unique", "unique:prompt=720,output=8", 60.0),
+    ("one-prefix", "one-prefix:system=600,question=120,output=8", 120.0),
     (
         "zipf-1.2",
-        "shared-prefix:groups=30,prompts=5,system=600,question=120,output=16,zipf=1.2",
+        "shared-prefix:groups=30,prompts=5,system=600,question=120,output=8,zipf=1.2",
         100.0,
     ),
-    ("short", "short:prompt=32,output=16", 150.0),
+    ("short", "short:prompt=32,output=8", 150.0),
     ("under-used", SHARED, 15.0),
 ];
 
@@ -43,19 +43,10 @@ pub struct Quick {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// How often each workload of the second part is run with each policy.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     repeats: u32,
-    /// Put real Envoy in front: its binary, or the one on PATH.
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "envoy")]
-    envoy: Option<PathBuf>,
     #[command(flatten)]
-    outputs: Outputs,
-    /// Exit with 3 if the report is not valid.
-    #[arg(long)]
-    strict: bool,
-    /// No live numbers.
-    #[arg(long, short)]
-    quiet: bool,
+    report: ReportFlags,
 }
 
 impl Quick {
@@ -74,7 +65,7 @@ impl Quick {
                 ..FleetOptions::default()
             },
             launch: Launch::default(),
-            envoy: self.envoy.as_deref().map(command::find_envoy).transpose()?,
+            envoy: self.report.envoy()?,
             http: HttpOptions::default(),
             model: "mock".to_owned(),
             form: BodyForm::Ids,
@@ -85,10 +76,10 @@ impl Quick {
             probes_per_s: 50.0,
             delayed: false,
             objectives: Some("ttft=100ms".parse().map_err(anyhow::Error::msg)?),
-            display: command::display(self.quiet),
+            display: self.report.display(),
         };
         let specs = specs(self.repeats)?;
-        Ok(Asked { specs, common, outputs: self.outputs, strict: self.strict })
+        Ok(self.report.asked(specs, common))
     }
 }
 
@@ -98,7 +89,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
         name: "steady".to_owned(),
         workload: Some(workload(SHARED)?),
         load: Load::Concurrency(vec![1]),
-        duration: Duration::from_secs(3),
+        duration: Duration::from_secs(2),
         requests: None,
         storm: None,
         freshness: true,
@@ -112,7 +103,7 @@ fn specs(repeats: u32) -> Result<Vec<Spec>> {
         duration: Duration::from_secs(2),
         ..base.clone()
     };
-    let process = command::arrivals("gamma", 60.0)?.with_bursts(40, Duration::from_secs(2));
+    let process = command::arrivals("gamma", 80.0)?.with_bursts(40, Duration::from_secs(2));
     let storm = "rate=10000,burst=20000,interval=2s".parse().map_err(anyhow::Error::msg)?;
     let sweep = Spec {
         name: "sweep".to_owned(),

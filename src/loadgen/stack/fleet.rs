@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::EngineAddress;
-use crate::loadgen::engine::{Engine, EngineOptions, Pace};
+use crate::loadgen::engine::{Engine, EngineOptions, Pace, command::PaceArguments};
 
 /// What the engines are like.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,24 +100,8 @@ pub struct FleetArguments {
     /// Tokens computed in one step at most: the prefill budget that all requests of an engine share.
     #[arg(long, value_name = "N", default_value_t = FleetOptions::default().max_num_batched_tokens, value_parser = up_to(1 << 30))]
     max_num_batched_tokens: usize,
-    /// Microseconds of every step.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().step_us)]
-    step_us: f64,
-    /// Microseconds per prompt token that is not cached.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().prefill_us_per_token)]
-    prefill_us_per_token: f64,
-    /// Microseconds of every step that makes further tokens.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_step)]
-    decode_us_per_step: f64,
-    /// Microseconds of such a step for each request in it: answers come more slowly under load.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().decode_us_per_sequence)]
-    decode_us_per_sequence: f64,
-    /// Microseconds of a request before it is queued; they keep nobody else waiting.
-    #[arg(long, value_name = "US", default_value_t = Pace::default().request_us)]
-    request_us: f64,
-    /// Factor of all times; 0 = as fast as possible.
-    #[arg(long, value_name = "FACTOR", default_value_t = Pace::default().scale)]
-    time_scale: f64,
+    #[command(flatten)]
+    pace: PaceArguments,
     /// Print a JSON object a line instead of text.
     #[arg(long)]
     json: bool,
@@ -146,14 +130,7 @@ impl FleetArguments {
             num_gpu_blocks: self.num_gpu_blocks,
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
-            pace: Pace {
-                step_us: self.step_us,
-                prefill_us_per_token: self.prefill_us_per_token,
-                decode_us_per_step: self.decode_us_per_step,
-                decode_us_per_sequence: self.decode_us_per_sequence,
-                request_us: self.request_us,
-                scale: self.time_scale,
-            },
+            pace: self.pace.into(),
         };
         let ports =
             FleetPorts { http: self.listen, events: self.events_port, replay: self.replay_port };
@@ -166,23 +143,19 @@ impl FleetOptions {
     #[must_use]
     pub fn arguments(&self, ports: &FleetPorts) -> Vec<String> {
         let Self { engines, model, block_size, num_gpu_blocks, pace, .. } = self;
-        vec![
+        let mut arguments = vec![
             format!("--engines={engines}"),
             format!("--model={model}"),
             format!("--block-size={block_size}"),
             format!("--num-gpu-blocks={num_gpu_blocks}"),
             format!("--max-num-seqs={}", self.max_num_seqs),
             format!("--max-num-batched-tokens={}", self.max_num_batched_tokens),
-            format!("--step-us={}", pace.step_us),
-            format!("--prefill-us-per-token={}", pace.prefill_us_per_token),
-            format!("--decode-us-per-step={}", pace.decode_us_per_step),
-            format!("--decode-us-per-sequence={}", pace.decode_us_per_sequence),
-            format!("--request-us={}", pace.request_us),
-            format!("--time-scale={}", pace.scale),
             format!("--listen={}", ports.http),
             format!("--events-port={}", ports.events),
             format!("--replay-port={}", ports.replay),
-        ]
+        ];
+        arguments.extend(pace.arguments());
+        arguments
     }
 }
 

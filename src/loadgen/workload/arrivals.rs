@@ -141,7 +141,8 @@ impl Process {
                     changes += random::exponential(rng) * if is_on { on } else { off };
                     let rate = if is_on { rate } else { idle };
                     // Without memory: what is left of a gap at a change is drawn anew.
-                    while rate > 0.0 {
+                    loop {
+                        // At no rate the gap has no end.
                         at += random::exponential(rng) / rate;
                         if at >= changes.min(end) {
                             break;

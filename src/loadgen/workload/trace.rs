@@ -251,7 +251,7 @@ impl<'a> Reader<'a> {
             }
         };
         self.rows += 1;
-        self.take(row)
+        self.take(&row)
     }
 
     fn json(&mut self, text: &str) -> Result<Row, String> {
@@ -291,7 +291,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Makes a request of a row, if it is in the window.
-    fn take(&mut self, row: Row) -> Result<(), String> {
+    fn take(&mut self, row: &Row) -> Result<(), String> {
         let options = self.options;
         let nanos = (row.at - *self.first.get_or_insert(row.at)).max(0.0);
         if nanos > MAX_NANOS {
@@ -319,7 +319,7 @@ impl<'a> Reader<'a> {
             }
             Some(first) => {
                 let group = *self.groups.entry(*first).or_insert(group as u32);
-                (self.blocks(&row), group as usize)
+                (self.blocks(row), group as usize)
             }
         };
         self.requests.push(Planned {

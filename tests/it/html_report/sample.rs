@@ -339,6 +339,7 @@ pub(crate) fn hostile() -> Report {
         scenario.warnings = vec![evil("doubt")];
         if let Some(storm) = &mut scenario.storm {
             storm.options = evil("storm");
+            storm.wrong_pods = (0..20).map(|pod| evil(&format!("wrong-{pod}"))).collect();
         }
         if let Some(freshness) = &mut scenario.freshness_us {
             freshness.kinds = rename(&freshness.kinds, evil);

@@ -108,7 +108,7 @@ fn a_server_that_refuses() {
             say(
                 stream,
                 "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
-            )
+            );
         },
         "http_503",
     );

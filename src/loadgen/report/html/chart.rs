@@ -10,6 +10,10 @@ use std::fmt::Write as _;
 
 /// Points of a line that are kept. A chart is about 400 pixels wide, so that nothing visible is lost.
 const LINE_POINTS: usize = 240;
+/// A gap of a course that is bridged, in the units of the view box; three slices always are.
+const HOLD: f64 = 12.0;
+/// Width of the narrowest band.
+const BAND: f64 = 4.0;
 /// Dots of a scatter that are kept.
 const DOTS: usize = 2_000;
 /// Height of an axis' numbers and its label below a frame.
@@ -147,27 +151,41 @@ impl Scale {
         value.is_finite() && (!self.log || value > 0.0)
     }
 
-    fn ticks(&self) -> Vec<f64> {
+    /// Round numbers within the scale: as many as there are, but no more than `most` (at least two).
+    fn ticks(&self, most: usize) -> Vec<f64> {
+        let most = most.max(2);
         if !self.log {
-            let step = step(self.high - self.low);
-            let first = (self.low / step - 1e-9).ceil();
-            let ticks = (0..12).map(|n| (first + f64::from(n)) * step);
-            return ticks.filter(|t| *t <= self.high + step * 1e-6).collect();
+            let span = self.high - self.low;
+            let power = 10_f64.powf((span / most as f64).max(f64::MIN_POSITIVE).log10().floor());
+            let with = |factor: f64| {
+                let step = factor * power;
+                let first = (self.low / step - 1e-9).ceil();
+                let ticks = (0..=most).map(move |n| (first + n as f64) * step);
+                ticks.filter(|t| *t <= self.high + step * 1e-6).collect::<Vec<_>>()
+            };
+            let fitting =
+                [1.0, 2.0, 5.0, 10.0, 20.0].map(with).into_iter().find(|t| t.len() <= most);
+            return fitting.unwrap_or_else(|| vec![self.low, self.high]);
         }
-        let decades = (self.high / self.low).log10();
-        let factors: &[f64] = if decades <= 2.1 { &[1.0, 2.0, 5.0] } else { &[1.0] };
-        let every = if decades > 7.0 { 2 } else { 1 };
-        let mut ticks = Vec::new();
-        let first = self.low.log10().floor() as i32;
-        for decade in (first..=self.high.log10().ceil() as i32).step_by(every) {
-            for factor in factors {
-                let tick = factor * 10_f64.powi(decade);
-                if tick >= self.low * 0.999 && tick <= self.high * 1.001 {
-                    ticks.push(tick);
-                }
-            }
-        }
-        ticks
+        let (first, last) = (self.low.log10().floor() as i32, self.high.log10().ceil() as i32);
+        let with = |factors: &[f64], every: usize| {
+            let all = (first..=last)
+                .step_by(every)
+                .flat_map(|decade| factors.iter().map(move |factor| factor * 10_f64.powi(decade)));
+            all.filter(|t| *t >= self.low * 0.999 && *t <= self.high * 1.001).collect::<Vec<_>>()
+        };
+        let sets: [(&[f64], usize); 6] = [
+            (&[1.0, 2.0, 5.0], 1),
+            (&[1.0, 3.0], 1),
+            (&[1.0], 1),
+            (&[1.0], 2),
+            (&[1.0], 3),
+            (&[1.0], 6),
+        ];
+        sets.into_iter()
+            .map(|(factors, every)| with(factors, every))
+            .find(|ticks| (2..=most).contains(&ticks.len()))
+            .unwrap_or_else(|| vec![self.low, self.high])
     }
 }
 
@@ -253,7 +271,7 @@ impl Frame {
     pub(super) fn x_axis(&mut self, label: &str) -> &mut Self {
         let bottom = self.top + self.height;
         let mut free_from = f64::NEG_INFINITY;
-        for tick in self.x.ticks() {
+        for tick in self.x.ticks((self.width / 48.0) as usize + 1) {
             let (x, text) = (self.at_x(tick), number(tick));
             _ = write!(
                 self.body,
@@ -277,7 +295,7 @@ impl Frame {
 
     /// The y axis with its label above, and its grid.
     pub(super) fn y_axis(&mut self, label: &str) -> &mut Self {
-        for tick in self.y.ticks() {
+        for tick in self.y.ticks((self.height / 26.0) as usize + 1) {
             let y = self.at_y(tick);
             _ = write!(
                 self.body,
@@ -310,17 +328,53 @@ impl Frame {
         self.text(self.left - 8.0, y + 4.0, "end", class, &name);
     }
 
+    /// What a quantity was in slices of time, each (begin, end, value): level within a slice, interrupted
+    /// where there is nothing for long. Slices that share a unit of the view box become their largest, so
+    /// that a short peak is neither lost nor wider than that unit.
+    pub(super) fn steps(&mut self, slices: &[[f64; 3]], class: &str, title: &str) -> &mut Self {
+        let mut columns: Vec<[f64; 3]> = Vec::new();
+        for [begin, end, value] in slices {
+            if !self.x.shows(*begin) || !self.y.shows(*value) {
+                continue;
+            }
+            let (begin, y) = (self.at_x(*begin), (self.at_y(*value) * 10.0).round() / 10.0);
+            let end = self.at_x(*end).max(begin + 0.5).min(self.left + self.width);
+            match columns.last_mut() {
+                Some(last) if last[0].floor() >= begin.floor() => {
+                    (last[1], last[2]) = (last[1].max(end), last[2].min(y));
+                }
+                _ => columns.push([begin, end, y]),
+            }
+        }
+        let mut d = String::new();
+        let mut before: Option<(f64, f64)> = None;
+        for [begin, end, y] in columns {
+            let hold = HOLD.max(3.5 * (end - begin));
+            _ = match before {
+                Some((until, level)) if begin - until < hold && level == y => Ok(()),
+                Some((until, _)) if begin - until < hold => write!(d, "H{begin:.1}V{y:.1}"),
+                Some((until, _)) => write!(d, "H{until:.1}M{begin:.1} {y:.1}"),
+                None => write!(d, "M{begin:.1} {y:.1}"),
+            };
+            before = Some((end, y));
+        }
+        if let Some((until, _)) = before {
+            _ = write!(d, "H{until:.1}");
+            self.drawn(&d, class, title);
+        }
+        self
+    }
+
+    fn drawn(&mut self, d: &str, class: &str, title: &str) {
+        _ = write!(
+            self.body,
+            r#"<path class="line {class}" d="{d}"><title>{}</title></path>"#,
+            escape(title)
+        );
+    }
+
     /// A line through the points; `class` says its colour and kind, `title` what it is.
     pub(super) fn line(&mut self, points: &[(f64, f64)], class: &str, title: &str) -> &mut Self {
-        self.path(points, class, title, false)
-    }
-
-    /// A line that keeps its height until the next point.
-    pub(super) fn steps(&mut self, points: &[(f64, f64)], class: &str, title: &str) -> &mut Self {
-        self.path(points, class, title, true)
-    }
-
-    fn path(&mut self, points: &[(f64, f64)], class: &str, title: &str, step: bool) -> &mut Self {
         let (x, y) = (self.x, self.y);
         let shown: Vec<_> =
             points.iter().copied().filter(|(a, b)| x.shows(*a) && y.shows(*b)).collect();
@@ -329,22 +383,14 @@ impl Frame {
         }
         let mut d = String::new();
         for (at, (a, b)) in thin(&shown, LINE_POINTS).into_iter().enumerate() {
-            let (a, b) = (self.at_x(a), self.at_y(b));
-            _ = match (at, step) {
-                (0, _) => write!(d, "M{a:.1} {b:.1}"),
-                (_, false) => write!(d, "L{a:.1} {b:.1}"),
-                (_, true) => write!(d, "H{a:.1}V{b:.1}"),
-            };
+            let to = if at == 0 { 'M' } else { 'L' };
+            _ = write!(d, "{to}{:.1} {:.1}", self.at_x(a), self.at_y(b));
         }
         if shown.len() == 1 {
             // One point alone would be invisible.
             d.push_str("h1");
         }
-        _ = write!(
-            self.body,
-            r#"<path class="line {class}" d="{d}"><title>{}</title></path>"#,
-            escape(title)
-        );
+        self.drawn(&d, class, title);
         self
     }
 
@@ -394,11 +440,13 @@ impl Frame {
         self.rect([self.at_x(x) - wide / 2.0, bottom - height, wide, height], class, title);
     }
 
-    /// A band over the whole height, at least one pixel wide.
-    pub(super) fn band(&mut self, from: f64, to: f64, class: &str, title: &str) {
-        let (from, to) = (self.at_x(from), self.at_x(to));
-        let width = (to - from).max(1.0).min(self.left + self.width - from).max(0.5);
-        self.rect([from, self.top, width, self.height], class, title);
+    /// A band over a part of the height (0 its top, 1 its foot), wide enough to be seen.
+    pub(super) fn band(&mut self, span: (f64, f64), part: (f64, f64), class: &str, title: &str) {
+        let (from, to) = (self.at_x(span.0), self.at_x(span.1));
+        let right = self.left + self.width;
+        let width = (to - from).max(BAND).min(right - from).max(0.5);
+        let (top, height) = (self.top + part.0 * self.height, (part.1 - part.0) * self.height);
+        self.rect([from, top, width, height], class, title);
     }
 
     /// A line across at the height `y`.
@@ -463,7 +511,7 @@ mod tests {
     fn ticks_are_round_and_few() {
         #[track_caller]
         fn check(scale: Scale, want: &[f64]) {
-            let ticks = scale.ticks();
+            let ticks = scale.ticks(6);
             assert_eq!(ticks.len(), want.len(), "{ticks:?}");
             for (tick, want) in ticks.iter().zip(want) {
                 assert!((tick - want).abs() <= want.abs() * 1e-9, "{ticks:?}");
@@ -473,6 +521,7 @@ mod tests {
         check(Scale::from_zero([]), &[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]);
         check(Scale::from_zero([f64::NAN, -3.0, 100.0]), &[0.0, 20.0, 40.0, 60.0, 80.0, 100.0]);
         check(Scale::log([3.0, 40.0]), &[2.0, 5.0, 10.0, 20.0, 50.0]);
+        check(Scale::log([250.0, 21_000.0]), &[300.0, 1e3, 3e3, 1e4, 3e4]);
         check(Scale::log([1.0, 99_000.0]), &[1.0, 10.0, 100.0, 1e3, 1e4, 1e5]);
         check(Scale::log([0.0, -1.0, f64::NAN]), &[1.0, 2.0, 5.0, 10.0]);
         check(Scale::between(5.0, 5.0), &[5.0, 5.2, 5.4, 5.6, 5.8, 6.0]);
@@ -508,6 +557,32 @@ mod tests {
     }
 
     #[test]
+    fn a_short_peak_is_one_column_wide() {
+        let mut slices: Vec<_> = (0..6_000).map(|n| [n, n + 1, 1].map(f64::from)).collect();
+        slices[3_003][2] = 10.0;
+        let (x, y) = (Scale::between(0.0, 6_000.0), Scale::from_zero([10.0]));
+        let mut frame = Frame::new([0.0, 0.0, 600.0, 100.0], x, y);
+        frame.steps(&slices, "k0", "");
+        assert!(
+            frame.body.contains(r#"d="M0.0 90.0H300.0V0.0H301.0V90.0H600.0""#),
+            "{}",
+            frame.body
+        );
+    }
+
+    #[test]
+    fn a_course_ends_where_nothing_was_measured() {
+        let (x, y) = (Scale::between(0.0, 100.0), Scale::from_zero([10.0]));
+        let mut frame = Frame::new([0.0, 0.0, 100.0, 100.0], x, y);
+        frame.steps(&[[0.0, 1.0, 5.0], [3.0, 4.0, 10.0], [60.0, 61.0, 5.0]], "k0", "");
+        assert!(
+            frame.body.contains(r#"d="M0.0 50.0H3.0V0.0H4.0M60.0 50.0H61.0""#),
+            "{}",
+            frame.body
+        );
+    }
+
+    #[test]
     fn whatever_is_drawn_stays_in_the_frame() {
         let mut frame = Frame::new(
             [10.0, 10.0, 100.0, 50.0],
@@ -515,6 +590,7 @@ mod tests {
             Scale::log([1.0, 10.0]),
         );
         for wild in [f64::NAN, f64::INFINITY, -1e300, 1e300, 0.0] {
+            frame.steps(&[[wild, wild, wild], [0.5, wild, wild]], "k0", "");
             frame.line(&[(wild, wild), (0.5, wild)], "k0", "").dot(wild, wild, "k0", "");
             assert!((10.0..=110.0).contains(&frame.at_x(wild)));
             assert!((10.0..=60.0).contains(&frame.at_y(wild)));
