@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | [`probe`] | blocks of our own, published and looked for |
 //! | [`steps`] | blocks of engines, looked for since the end of their step |
-//! | [`picks`] | blocks of engines, until the endpoint picker routes by them |
+//! | [`picks`] | the same in the name of engines, until the endpoint picker routes by them |
+//! | [`publisher`] | a publisher of ours |
 //! | [`storm`] | bursts of events without engines |
 //! | [`backlog`] | what was published and is not applied yet |
 //! | [`delay`] | a proxy that delays, to show that delays are seen |
@@ -25,6 +26,7 @@ pub mod command;
 pub mod delay;
 pub mod picks;
 pub mod probe;
+pub mod publisher;
 pub mod steps;
 pub mod storm;
 
@@ -80,7 +82,7 @@ pub struct WatchOptions {
     /// Engines whose own events are timed from the end of the step; may be empty.
     pub engines: Vec<EngineAddress>,
     /// The endpoint picker's `ext_proc` address, if it routes by what the indexer says: it is asked until
-    /// it sends prompts to the one of `engines` that computed them.
+    /// it names the one of `engines` for which blocks were published. Needs two engines, to choose from.
     pub picker: Option<SocketAddr>,
     /// Injected events.
     pub storm: Option<StormOptions>,
@@ -189,29 +191,40 @@ async fn measure(
         }
     }
     let listener = steps::Listener::connect(&options.engines)?;
-    let (mut steps, mut picks, mut watched) = Default::default();
+    let mut picks = picks::Picks::start(
+        options,
+        handle,
+        &at,
+        (client.clone(), block_size),
+        Arc::clone(board),
+        pods,
+    )
+    .await?;
+    let (mut steps, mut watched) = Default::default();
     // What has begun is not lost by a part that fails: all end, and what there is is written down.
     let ended = |part: anyhow::Result<()>| part.map_err(|error| failed(&error, stop)).err();
     let warnings = tokio::join!(
         async { ended(probes.run(stop).await) },
         async { ended(steps::watch(listener, client.clone(), stop, &mut steps).await) },
-        async { ended(picks::watch(options, block_size, board, stop, &mut picks).await) },
+        async {
+            // Its end is none of the others.
+            picks.as_mut()?.run(stop).await.err().map(|error| in_part(&error))
+        },
         play(options, sources, origin, stop, client.clone(), board, &mut watched),
     );
     watched.warnings.extend([warnings.0, warnings.1, warnings.2].into_iter().flatten());
-    if picks.unanswered > 0 {
-        let count = picks.unanswered;
-        watched
-            .warnings
-            .push(format!("{count} prompts of the picks' own had no answer of an engine"));
-    }
-    probes.report(steps, picks, &mut watched);
+    let picked = picks.map_or_else(Default::default, picks::Picks::end);
+    probes.report(steps, picked, &mut watched);
     Ok(watched)
 }
 
 /// Ends the measurement because of a part, and says why.
 fn failed(error: &anyhow::Error, stop: &CancellationToken) -> String {
     stop.cancel();
+    in_part(error)
+}
+
+fn in_part(error: &anyhow::Error) -> String {
     format!("freshness was measured in part: {error:#}")
 }
 
@@ -327,7 +340,7 @@ async fn settle_one(
 ) -> anyhow::Result<bool> {
     let last = crate::support::sync::lock(&source.ledger).next.saturating_sub(1);
     let applied = loop {
-        let answer = source.pod.wait(client, last).await?;
+        let answer = source.pod.wait(client, last, deadline).await?;
         // A publisher that started again has its old sequences until that is noticed.
         if answer.reached && answer.applied_sequence == last {
             break Some(last);
@@ -368,6 +381,7 @@ impl Board {
 #[derive(Clone, Debug, Default)]
 pub(super) struct PodHandle {
     name: String,
+    rank: u32,
     model: String,
     endpoint: String,
     replay: String,
@@ -381,7 +395,7 @@ impl PodHandle {
     async fn register(&self, client: &mut Client) -> anyhow::Result<()> {
         let request = RegisterPodRequest {
             pod: self.name.clone(),
-            dp_rank: Some(0),
+            dp_rank: Some(self.rank),
             model: self.model.clone(),
             endpoint: self.endpoint.clone(),
             replay_endpoint: self.replay.clone(),
@@ -392,21 +406,24 @@ impl PodHandle {
     }
 
     fn unregistration(&self) -> UnregisterPodRequest {
-        UnregisterPodRequest { pod: self.name.clone(), dp_rank: Some(0) }
+        UnregisterPodRequest { pod: self.name.clone(), dp_rank: Some(self.rank) }
     }
 
-    /// Waits for a sequence, a second at most.
+    /// Waits for a sequence until `deadline`, a second at most; what is visible already is told after it,
+    /// too.
     async fn wait(
         &self,
         client: &mut Client,
         sequence: u64,
+        deadline: Instant,
     ) -> anyhow::Result<WaitVisibleResponse> {
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
         let request = WaitVisibleRequest {
             pod: self.name.clone(),
-            dp_rank: Some(0),
+            dp_rank: Some(self.rank),
             sequence,
             epoch: None,
-            timeout_ms: 1_000,
+            timeout_ms: left.clamp(1, 1_000) as u32,
         };
         call("WaitVisible", client.wait_visible(request)).await
     }

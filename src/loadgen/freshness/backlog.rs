@@ -111,7 +111,8 @@ pub(super) struct Drains {
     pub(super) bursts: Vec<[f64; 2]>,
 }
 
-/// Follows bursts until there are no more. A burst that is not drained in ten seconds is given up.
+/// Follows bursts until there are no more. A burst that is not drained ten seconds after it left is given
+/// up.
 pub(super) async fn drains(
     targets: &[Target],
     mut sent: mpsc::Receiver<Burst>,
@@ -124,7 +125,8 @@ pub(super) async fn drains(
         let mut waits = JoinSet::new();
         for &(at, sequence) in &burst.last {
             let (pod, ledger) = targets[at].clone();
-            waits.spawn(applied(pod, ledger, client.clone(), sequence));
+            let deadline = burst.sent + PATIENCE;
+            waits.spawn(applied(pod, ledger, client.clone(), (sequence, deadline)));
         }
         let mut drained = Some(burst.sent);
         while let Some(applied) = waits.join_next().await {
@@ -147,12 +149,11 @@ async fn applied(
     pod: PodHandle,
     ledger: Arc<Mutex<Ledger>>,
     mut client: Client,
-    sequence: u64,
+    (sequence, deadline): (u64, Instant),
 ) -> anyhow::Result<Option<Instant>> {
     let life = lock(&ledger).life;
-    let deadline = Instant::now() + PATIENCE;
     loop {
-        let answer = pod.wait(&mut client, sequence).await?;
+        let answer = pod.wait(&mut client, sequence, deadline).await?;
         let now = Instant::now();
         if answer.reached || lock(&ledger).life != life {
             return Ok(Some(now));

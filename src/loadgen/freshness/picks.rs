@@ -1,228 +1,300 @@
-//! Prompts of our own that an engine computed, and the endpoint picker's answers until it knows of them.
+//! Blocks of our own, published in the name of engines, until the endpoint picker routes by them.
 //!
 //! # Model
 //!
-//! A series sends a few prompts that nobody else has straight to one engine, in one request for one token
-//! each. An engine publishes what it stored before it answers, so time runs from the first byte of the
-//! answer. From then on the endpoint picker is asked where such a prompt would go, with a suffix of its
-//! own each time; three answers in a row that name the engine end the series, and the first of the three
-//! is what is measured. The exchange is dropped after the answer, as Envoy does when its client goes
-//! away, and nothing is sent on.
+//! Beside an engine's own publisher the indexer is told of one more of the same pod, with a rank that no
+//! engine has and the model of the probes. What it publishes counts for the pod, and only for requests
+//! for that model: nobody else's are moved, and no engine computes anything.
+//!
+//! In a series it publishes a few chains that nobody else has. Time runs from just before the send, as for
+//! probes. Then the endpoint picker is asked where a prompt of one of the chains would go, one question
+//! after another. So many answers in a row that name the engine that chance gives them once in a
+//! thousand series end it; the first of them is what is measured. Then the chains are removed.
+//!
+//! A question is dropped after its answer, as Envoy does when its client goes away, and nothing is sent
+//! on: neither the endpoint picker nor an engine has any load from it.
 //!
 //! # What it says, and what it does not
 //!
-//! - A pick takes time, and is part of the number: this is when a request could have been routed by what
-//!   was stored, not when the index had it.
-//! - Time begins when the client sees the answer, later than the publication. What is visible by then
-//!   counts with the time of one pick.
-//! - With *n* pods that are equally loaded, an answer names the engine by chance with 1/n. A series ends
-//!   with nothing visible by (1/n)³ at any pick: 1 of 27 with three pods, 1 of 512 with eight. A value can
-//!   also be early: by j picks with (1/n)ʲ, since the last answers of three may be by knowledge.
-//! - Load decides as well: an engine that is much busier than the others is not named however much it
-//!   holds. Under load, late and lost are of the routing, not of the index alone.
+//! - An upper bound: the answer is late by up to the time between two answers, which is reported as the
+//!   resolution. Questions get rarer once 20 ms have passed; a larger value is late by a sixteenth more.
+//! - Load decides as well. The engine is one that is not named for a prompt that nobody has; one that is
+//!   much busier than others may not be named whatever it holds. Such a series is no loss if the indexer
+//!   shows the chains: it is counted by itself.
+//! - Where equals are drawn, some of the answers just before the first one that knew may have named the
+//!   engine by chance. With *n* pods that makes a value early by 1/(n − 1) of the resolution on average.
 //! - An endpoint picker expects what it sends somewhere to be there soon, and would follow its own guess.
-//!   So each pick of a series takes the next of the prompts; one comes again only after all others, when
-//!   what was expected of the dropped exchange is taken back.
+//!   So each question of a series takes the next chain; one comes again only after all others, when what
+//!   was expected of the dropped exchange is taken back.
 
 use std::{
-    io,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::bail;
 use bytes::Bytes;
-use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    time::timeout,
-};
+use hdrhistogram::Histogram;
+use serde_json::json;
+use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::{Board, CALL, PROBE_TIMEOUT, WatchOptions, micros};
+use super::{
+    Board, CALL, Client, PROBE_TIMEOUT, PodHandle, WatchOptions, call, confirmed_depth, micros,
+    prompt,
+    publisher::{Publisher, removed, stored},
+};
 use crate::loadgen::{drive::picker::Picker, stack::EngineAddress};
 
-/// Time between two series at least.
-const EVERY: Duration = Duration::from_millis(500);
-/// Prompts of a series.
-const PROMPTS: usize = 4;
+/// Probes for one series.
+const PROBES: f64 = 50.0;
+/// Time between two series at least, and at most.
+const EVERY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Engines that are published for.
+const MOST_ENGINES: usize = 4;
+/// Chains of a series; more than answers in a row.
+const CHAINS: usize = 16;
 /// Blocks of each.
-const BLOCKS: usize = 3;
-/// Answers in a row that must name the engine.
-const IN_A_ROW: usize = 3;
-/// Picks of a series at most.
-const MOST_PICKS: usize = 5_000;
-/// Time until the next pick after one that failed.
+const BLOCKS: usize = 4;
+/// Series that end by chance: one in so many.
+const BY_CHANCE: usize = 1_000;
+/// Questions follow each other at once until then.
+const SOON: Duration = Duration::from_millis(20);
+/// Time until a question that failed is asked again.
 const AFTER_FAULT: Duration = Duration::from_millis(10);
-/// Bytes of an engine's answer that are read.
-const ANSWER_BYTES: u64 = 1 << 20;
 /// Where completions are.
 const COMPLETIONS: &str = "/v1/completions";
 
 /// What was measured.
 #[derive(Debug, Default)]
-pub(super) struct Picks {
-    /// Condition, and microseconds from an engine's answer to the pick that went there.
+pub(super) struct Picked {
+    /// Condition, and microseconds until a pick that went there.
     pub(super) samples: Vec<(String, f64)>,
-    /// Series that did not end in time.
+    /// Median time between two answers, microseconds.
+    pub(super) resolution_us: Option<f64>,
+    /// Series of which the indexer showed nothing in time.
     pub(super) lost: u64,
-    /// Series that no engine answered.
-    pub(super) unanswered: u64,
+    /// Series that the indexer showed and the endpoint picker did not follow in time.
+    pub(super) elsewhere: u64,
 }
 
-/// Runs one series after another until `stop`; one that is under way then does not count.
-///
-/// # Errors
-///
-/// Engines that do not say their model.
-pub(super) async fn watch(
-    options: &WatchOptions,
+/// Asks an endpoint picker.
+pub(super) struct Picks {
+    publishers: Vec<(SocketAddr, Publisher)>,
+    picker: Picker,
+    client: Client,
+    board: Arc<Board>,
+    model: String,
+    condition: String,
     block_size: usize,
-    board: &Board,
-    stop: &CancellationToken,
-    picks: &mut Picks,
-) -> anyhow::Result<()> {
-    // Events of engines do not pass the proxy.
-    let (Some(address), Some(engine), false) =
-        (options.picker, options.engines.first(), options.delayed)
-    else {
-        return Ok(());
-    };
-    let series = async {
-        let picker = Picker::new(address)?;
-        let model = timeout(CALL, model(engine.http))
-            .await
-            .map_err(io::Error::from)
-            .context("the models of an engine")?
-            .with_context(|| format!("the models of {}", engine.http))?;
+    every: Duration,
+    in_a_row: u32,
+    random: fastrand::Rng,
+    /// Time between two answers, nanoseconds.
+    gaps: Histogram<u64>,
+    picked: Picked,
+}
+
+/// A chain of blocks from the root.
+struct Chain {
+    hashes: [u64; BLOCKS],
+    tokens: Vec<u32>,
+}
+
+impl Picks {
+    /// Binds and registers a publisher for each of some engines; `None` if there is nothing to ask, or
+    /// nothing to choose from.
+    pub(super) async fn start(
+        options: &WatchOptions,
+        pod: impl Fn(String) -> PodHandle,
+        at: &str,
+        (mut client, block_size): (Client, usize),
+        board: Arc<Board>,
+        pods: &mut Vec<PodHandle>,
+    ) -> anyhow::Result<Option<Self>> {
+        // The proxy is measured by probes.
+        let (Some(address), 2.., false) =
+            (options.picker, options.engines.len(), options.delayed)
+        else {
+            return Ok(None);
+        };
         let mut random = fastrand::Rng::new();
-        let mut ticks = tokio::time::interval(EVERY);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            let Some(engine) = random.choice(&options.engines) else { return Ok(()) };
-            let prompts = (0..PROMPTS).map(|_| tokens(&mut random, BLOCKS * block_size)).collect();
-            let mut series =
-                Series { picker: &picker, model: &model, prompts, random: &mut random };
-            let (bursts, in_burst) = board.bursts();
-            let Some(answered) = series.compute(engine).await else {
-                picks.unanswered += 1;
-                continue;
-            };
-            match series.named(engine.http, answered, block_size).await {
-                Some(at) => {
-                    let overtaken = in_burst || board.bursts().0 > bursts;
-                    let condition = if overtaken { "burst" } else { &options.condition };
-                    let us = micros(at.saturating_duration_since(answered));
-                    picks.samples.push((condition.to_owned(), us));
-                }
-                None => picks.lost += 1,
+        // One that nobody else has, should two of us measure the same indexer.
+        let rank = random.u32(1 << 15..1 << 16);
+        let mut publishers = Vec::new();
+        for EngineAddress { name, http, .. } in
+            random.choose_multiple(&options.engines, MOST_ENGINES)
+        {
+            let pod = PodHandle { rank, ..pod(name.clone()) };
+            let mut publisher = Publisher::bind(pod, at)?;
+            publisher.start(&mut client, pods).await?;
+            publishers.push((*http, publisher));
+        }
+        let every = Duration::from_secs_f64(PROBES / options.probes_per_s.clamp(0.1, 5_000.0));
+        Ok(Some(Self {
+            publishers,
+            picker: Picker::new(address)?,
+            client,
+            board,
+            model: options.model.clone(),
+            condition: options.condition.clone(),
+            block_size,
+            every: every.clamp(EVERY.0, EVERY.1),
+            in_a_row: in_a_row(options.engines.len()),
+            random,
+            gaps: Histogram::new_with_bounds(1, 60_000_000_000, 3)?,
+            picked: Picked::default(),
+        }))
+    }
+
+    /// Runs one series after another until `stop`; one that is under way then does not count.
+    ///
+    /// # Errors
+    ///
+    /// An endpoint picker or an indexer that does not answer.
+    pub(super) async fn run(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let series = async {
+            // Not at once: the endpoint picker is told of new pods.
+            let first = tokio::time::Instant::now() + self.every.min(EVERY.0 * 5);
+            let mut ticks = interval_at(first, self.every);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                self.series().await?;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            ended = series => ended,
+        }
+    }
+
+    /// What was measured.
+    pub(super) fn end(mut self) -> Picked {
+        let gaps = self.gaps;
+        self.picked.resolution_us =
+            (!gaps.is_empty()).then(|| gaps.value_at_quantile(0.5) as f64 / 1e3);
+        self.picked
+    }
+
+    async fn series(&mut self) -> anyhow::Result<()> {
+        // Whom the picker prefers anyway says nothing.
+        let unknown = self.chain();
+        let preferred = self.ask(&unknown.tokens).await?;
+        let others =
+            (0..self.publishers.len()).filter(|at| self.publishers[*at].0 != preferred);
+        let Some(at) = self.random.choose_multiple(others, 1).pop() else { return Ok(()) };
+        let chains: Vec<Chain> = (0..CHAINS).map(|_| self.chain()).collect();
+        let (bursts, in_burst) = self.board.bursts();
+        let (engine, publisher) = &mut self.publishers[at];
+        let events = chains.iter().map(|chain| stored(&chain.hashes, &chain.tokens)).collect();
+        let (engine, sent) = (*engine, publisher.publish(events)?.at);
+        let named = self.named(engine, &chains, sent).await?;
+        let publisher = &mut self.publishers[at].1;
+        match named {
+            Some(at) => {
+                let overtaken = in_burst || self.board.bursts().0 > bursts;
+                let condition = if overtaken { "burst" } else { &self.condition };
+                let us = micros(at.saturating_duration_since(sent));
+                self.picked.samples.push((condition.to_owned(), us));
+            }
+            None => {
+                let prompts = chains.iter().map(|chain| prompt(&chain.tokens)).collect();
+                let scores = call("Score", self.client.score(publisher.pod.score(prompts))).await?;
+                let shown =
+                    scores.prompts.iter().all(|of| confirmed_depth(of) as usize == BLOCKS);
+                *(if shown { &mut self.picked.elsewhere } else { &mut self.picked.lost }) += 1;
             }
         }
-    };
-    tokio::select! {
-        biased;
-        () = stop.cancelled() => Ok(()),
-        ended = series => ended,
-    }
-}
-
-/// Prompts on their way from an engine to the endpoint picker.
-struct Series<'a> {
-    picker: &'a Picker,
-    model: &'a str,
-    prompts: Vec<Vec<u32>>,
-    random: &'a mut fastrand::Rng,
-}
-
-impl Series<'_> {
-    /// Has the engine compute all prompts; when its answer came, if it is one.
-    async fn compute(&self, engine: &EngineAddress) -> Option<Instant> {
-        let body = self.body(json!(self.prompts));
-        let request = format!(
-            "POST {COMPLETIONS} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\
-             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
-            engine.http,
-            body.len()
-        );
-        let answer = timeout(PROBE_TIMEOUT, exchange(engine.http, &request)).await;
-        let (first_byte, answer) = answer.ok()?.ok()?;
-        is_ok(&answer).then_some(first_byte)
+        publisher.publish(chains.iter().map(|chain| removed(&chain.hashes)).collect())?;
+        Ok(())
     }
 
     /// When the first answer came of those in a row that name the engine; `None` = not in time.
     async fn named(
         &mut self,
         engine: SocketAddr,
-        since: Instant,
-        block_size: usize,
-    ) -> Option<Instant> {
-        let end = tokio::time::Instant::from_std(since + PROBE_TIMEOUT);
-        let (mut in_a_row, mut first) = (0, since);
-        for prompt in self.prompts.clone().iter().cycle().take(MOST_PICKS) {
-            let suffix = tokens(self.random, block_size);
-            let body = self.body(json!([prompt.as_slice(), &suffix].concat()));
-            let id = format!("freshness-{:016x}", self.random.u64(..));
-            let body = [Bytes::from(body)];
-            let pick = self.picker.pick(COMPLETIONS, &id, &body);
-            let Ok(routed) = tokio::time::timeout_at(end, pick).await else { return None };
+        chains: &[Chain],
+        sent: Instant,
+    ) -> anyhow::Result<Option<Instant>> {
+        let (mut in_a_row, mut first, mut before) = (0, sent, sent);
+        for chain in chains.iter().cycle() {
+            let pod = self.ask(&chain.tokens).await?;
             let now = Instant::now();
-            match routed {
-                Ok(routed) if routed.pod == engine => {
-                    if in_a_row == 0 {
-                        first = now;
-                    }
-                    in_a_row += 1;
-                    if in_a_row == IN_A_ROW {
-                        return Some(first);
-                    }
+            self.gaps.saturating_record((now - before).as_nanos() as u64);
+            before = now;
+            if pod == engine {
+                if in_a_row == 0 {
+                    first = now;
                 }
-                Ok(_) => in_a_row = 0,
-                Err(_) => {
-                    in_a_row = 0;
-                    tokio::time::sleep(AFTER_FAULT).await;
+                in_a_row += 1;
+                if in_a_row == self.in_a_row {
+                    return Ok(Some(first));
                 }
+                continue;
+            }
+            in_a_row = 0;
+            let waited = now - sent;
+            if waited >= PROBE_TIMEOUT {
+                break;
+            }
+            if waited >= SOON {
+                sleep(waited / 16).await;
             }
         }
-        None
+        Ok(None)
     }
 
-    fn body(&self, prompt: Value) -> String {
-        json!({"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0})
-            .to_string()
+    /// Where a prompt would go. A question that fails is asked again; one without an answer for as long
+    /// as a call may take is an error.
+    async fn ask(&mut self, tokens: &[u32]) -> anyhow::Result<SocketAddr> {
+        let body = json!({"model": self.model, "prompt": tokens, "max_tokens": 1});
+        let body = [Bytes::from(body.to_string())];
+        let end = tokio::time::Instant::now() + CALL;
+        loop {
+            let id = format!("freshness-{:016x}", self.random.u64(..));
+            match timeout_at(end, self.picker.pick(COMPLETIONS, &id, &body)).await {
+                Ok(Ok(routed)) => return Ok(routed.pod),
+                Ok(Err(failure)) => {
+                    if timeout(AFTER_FAULT, tokio::time::sleep_until(end)).await.is_ok() {
+                        bail!("the endpoint picker routes nothing: {}", failure.label());
+                    }
+                }
+                Err(_) => bail!("the endpoint picker does not answer within {CALL:?}"),
+            }
+        }
+    }
+
+    fn chain(&mut self) -> Chain {
+        let hashes = std::array::from_fn(|_| self.random.u64(..));
+        let tokens = (0..BLOCKS * self.block_size).map(|_| self.random.u32(0..100_000)).collect();
+        Chain { hashes, tokens }
     }
 }
 
-fn tokens(random: &mut fastrand::Rng, count: usize) -> Vec<u32> {
-    (0..count).map(|_| random.u32(0..100_000)).collect()
+/// Answers in a row that chance gives once in [`BY_CHANCE`] with so many pods.
+fn in_a_row(pods: usize) -> u32 {
+    (2..=10).find(|answers| pods.saturating_pow(*answers) >= BY_CHANCE).unwrap_or(10)
 }
 
-/// The first model that an engine serves.
-async fn model(engine: SocketAddr) -> anyhow::Result<String> {
-    let request = format!("GET /v1/models HTTP/1.1\r\nhost: {engine}\r\nconnection: close\r\n\r\n");
-    let (_, answer) = exchange(engine, &request).await?;
-    ensure!(is_ok(&answer), "it does not answer with 200");
-    let body = answer.iter().position(|byte| *byte == b'{').and_then(|at| answer.get(at..));
-    let body = body.context("its answer is not JSON")?;
-    // Behind it may be what is left of a chunk.
-    let value = serde_json::Deserializer::from_slice(body).into_iter::<Value>().next();
-    let value = value.context("its answer is empty")??;
-    let id = value.pointer("/data/0/id").and_then(Value::as_str).context("it names no model")?;
-    Ok(id.to_owned())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn is_ok(answer: &[u8]) -> bool {
-    answer.starts_with(b"HTTP/1.1 200")
-}
-
-/// Sends a request on a connection of its own; when the answer began, and all of it.
-async fn exchange(to: SocketAddr, request: &str) -> io::Result<(Instant, Vec<u8>)> {
-    let mut stream = TcpStream::connect(to).await?;
-    stream.set_nodelay(true)?;
-    stream.write_all(request.as_bytes()).await?;
-    let mut answer = vec![stream.read_u8().await?];
-    let first_byte = Instant::now();
-    stream.take(ANSWER_BYTES).read_to_end(&mut answer).await?;
-    Ok((first_byte, answer))
+    #[test]
+    fn chance_does_not_end_a_series() {
+        #[track_caller]
+        fn check(pods: usize, want: u32) {
+            assert_eq!(in_a_row(pods), want, "{pods} pods");
+            assert!((want as usize) < CHAINS);
+        }
+        check(2, 10);
+        check(3, 7);
+        check(8, 4);
+        check(31, 3);
+        check(32, 2);
+        check(100_000, 2);
+    }
 }
