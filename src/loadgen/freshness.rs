@@ -143,8 +143,9 @@ async fn run(
     let block_size = block_size(&mut client, &options.model).await?;
     let board = Arc::new(Board::default());
     let mut pods = Vec::new();
-    let measured =
-        measure(&options, origin, &stop, (client.clone(), block_size), &board, &mut pods).await;
+    let asked = (client.clone(), block_size);
+    // Boxed: it is large.
+    let measured = Box::pin(measure(&options, origin, &stop, asked, &board, &mut pods)).await;
     // A storm that still runs ends with us.
     stop.cancel();
     for pod in pods {

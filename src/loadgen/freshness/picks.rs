@@ -8,8 +8,8 @@
 //!
 //! In a series it publishes a few chains that nobody else has. Time runs from just before the send, as for
 //! probes. Then the endpoint picker is asked where a prompt of one of the chains would go, one question
-//! after another. So many answers in a row that name the engine that chance gives them once in a
-//! thousand series end it; the first of them is what is measured. Then the chains are removed.
+//! after another. It ends with so many answers in a row that name the engine that chance, at any answer,
+//! gives them once in ten thousand; the first of them is what is measured. Then the chains are removed.
 //!
 //! A question is dropped after its answer, as Envoy does when its client goes away, and nothing is sent
 //! on: neither the endpoint picker nor an engine has any load from it.
@@ -57,8 +57,8 @@ const MOST_ENGINES: usize = 4;
 const CHAINS: usize = 16;
 /// Blocks of each.
 const BLOCKS: usize = 4;
-/// Series that end by chance: one in so many.
-const BY_CHANCE: usize = 1_000;
+/// Chance names the engine so often at a time once in so many answers.
+const BY_CHANCE: usize = 10_000;
 /// Questions follow each other at once until then.
 const SOON: Duration = Duration::from_millis(20);
 /// Time until a question that failed is asked again.
@@ -114,8 +114,7 @@ impl Picks {
         pods: &mut Vec<PodHandle>,
     ) -> anyhow::Result<Option<Self>> {
         // The proxy is measured by probes.
-        let (Some(address), 2.., false) =
-            (options.picker, options.engines.len(), options.delayed)
+        let (Some(address), 2.., false) = (options.picker, options.engines.len(), options.delayed)
         else {
             return Ok(None);
         };
@@ -183,8 +182,7 @@ impl Picks {
         // Whom the picker prefers anyway says nothing.
         let unknown = self.chain();
         let preferred = self.ask(&unknown.tokens).await?;
-        let others =
-            (0..self.publishers.len()).filter(|at| self.publishers[*at].0 != preferred);
+        let others = (0..self.publishers.len()).filter(|at| self.publishers[*at].0 != preferred);
         let Some(at) = self.random.choose_multiple(others, 1).pop() else { return Ok(()) };
         let chains: Vec<Chain> = (0..CHAINS).map(|_| self.chain()).collect();
         let (bursts, in_burst) = self.board.bursts();
@@ -203,8 +201,7 @@ impl Picks {
             None => {
                 let prompts = chains.iter().map(|chain| prompt(&chain.tokens)).collect();
                 let scores = call("Score", self.client.score(publisher.pod.score(prompts))).await?;
-                let shown =
-                    scores.prompts.iter().all(|of| confirmed_depth(of) as usize == BLOCKS);
+                let shown = scores.prompts.iter().all(|of| confirmed_depth(of) as usize == BLOCKS);
                 *(if shown { &mut self.picked.elsewhere } else { &mut self.picked.lost }) += 1;
             }
         }
@@ -276,7 +273,7 @@ impl Picks {
 
 /// Answers in a row that chance gives once in [`BY_CHANCE`] with so many pods.
 fn in_a_row(pods: usize) -> u32 {
-    (2..=10).find(|answers| pods.saturating_pow(*answers) >= BY_CHANCE).unwrap_or(10)
+    (2..=14).find(|answers| pods.saturating_pow(*answers) >= BY_CHANCE).unwrap_or(14)
 }
 
 #[cfg(test)]
@@ -290,11 +287,11 @@ mod tests {
             assert_eq!(in_a_row(pods), want, "{pods} pods");
             assert!((want as usize) < CHAINS);
         }
-        check(2, 10);
-        check(3, 7);
-        check(8, 4);
-        check(31, 3);
-        check(32, 2);
+        check(2, 14);
+        check(3, 9);
+        check(8, 5);
+        check(21, 4);
+        check(22, 3);
         check(100_000, 2);
     }
 }

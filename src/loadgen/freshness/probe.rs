@@ -281,7 +281,8 @@ impl Probes {
     /// Takes from what is out what the answer shows, and what is lost.
     fn look(&mut self, asked: &[u64], answer: &ScoreResponse, now: Instant) {
         for (sequence, scores) in asked.iter().zip(&answer.prompts) {
-            let Some(at) = self.out.iter().position(|probe| probe.sent.sequence == *sequence) else {
+            let Some(at) = self.out.iter().position(|probe| probe.sent.sequence == *sequence)
+            else {
                 continue;
             };
             if self.out[at].store == (confirmed_depth(scores) > 0) {

@@ -69,7 +69,7 @@ impl Publisher {
     pub(super) fn publish(&mut self, events: Vec<Event>) -> anyhow::Result<Sent> {
         let sequence = self.sequence;
         self.sequence += 1;
-        let (timestamp, rank) = (unix_ns() as f64 / 1e9, Some(self.pod.rank.into()));
+        let (timestamp, rank) = (unix_ns() as f64 / 1e9, Some(self.pod.rank));
         let payload = encode::Batch { timestamp, events, rank }.encode(Form::Map)?;
         let topic = self.pod.topic();
         let batch = Arc::new(Batch { topic, sequence, payload, ..Batch::default() });

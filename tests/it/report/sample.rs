@@ -238,13 +238,16 @@ fn freshness() -> Freshness {
         max: Some(1_904.0),
         n: 2_000,
         lost: 0,
+        routed_elsewhere: 1,
         kinds: BTreeMap::from([
             ("store.idle".to_owned(), percentiles(190.0, 500)),
             ("store.steady".to_owned(), percentiles(215.0, 500)),
             ("remove.steady".to_owned(), percentiles(220.0, 500)),
             ("store.burst".to_owned(), percentiles(480.0, 500)),
+            ("endpoint_picker.steady".to_owned(), percentiles(690.0, 60)),
         ]),
         resolution_us: Some(90.0),
+        pick_resolution_us: Some(340.0),
         wait_visible: Some(percentiles(150.0, 2_000)),
         difference: Some(percentiles(62.0, 2_000)),
     }
