@@ -304,8 +304,8 @@ fn picks_that_are_given_up_leave_nothing() {
     });
 }
 
-/// Sends a signal to a part of a stack while it is watched with a storm, two seconds after the start.
-/// The watch is to end by itself, or after eight more seconds.
+/// Sends a signal to a part of a stack while it is watched with a storm. The watch is to end by itself,
+/// or is ended eight seconds later.
 async fn struck(part: &str, signal: &str) -> (Watched, Duration) {
     let stack = rig::start(rig::options(Policy::Precise)).await;
     let component = stack.components().into_iter().find(|it| it.name == part).unwrap();
@@ -316,14 +316,28 @@ async fn struck(part: &str, signal: &str) -> (Watched, Duration) {
     };
     let storm = "publishers=2,rate=2000,burst=1000,interval=400ms,batch=8,cap=2000";
     let options = WatchOptions { storm: Some(storm.parse().unwrap()), ..through(&stack) };
-    let watching = watched_for(options, 10.0);
-    let striking = async {
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        send(signal);
-        Instant::now()
+    let stop = CancellationToken::new();
+    let watching = async {
+        let watched = watch(options, Instant::now(), stop.clone()).await.unwrap();
+        stop.cancel();
+        (watched, Instant::now())
     };
-    let (watched, struck) =
-        tokio::join!(async { (watching.await.unwrap(), Instant::now()) }, striking);
+    let striking = async {
+        // Ten series of picks are a second or more, and so some bursts.
+        let deadline = Instant::now() + patience();
+        while sum(&stack, "llm_d_epp_request_total").await < 100.0 {
+            assert!(Instant::now() < deadline, "nothing is asked");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        send(signal);
+        let struck = Instant::now();
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(8)) => stop.cancel(),
+            () = stop.cancelled() => {}
+        }
+        struck
+    };
+    let (watched, struck) = tokio::join!(watching, striking);
     if signal == "STOP" {
         send("CONT");
     }
