@@ -21,6 +21,8 @@
 //! - Load decides as well. The engine is one that is not named for a prompt that nobody has; one that is
 //!   much busier than others may not be named whatever it holds. Such a series is no loss if the indexer
 //!   shows the chains: it is counted by itself.
+//! - So is one of an endpoint picker that often has no answer of the indexer within its own deadline, as on
+//!   a machine without a core to spare: it falls back, which no row of answers outlasts.
 //! - Where equals are drawn, some of the answers just before the first one that knew may have named the
 //!   engine by chance. With *n* pods that makes a value early by 1/(n − 1) of the resolution on average.
 //! - An endpoint picker expects what it sends somewhere to be there soon, and would follow its own guess.
