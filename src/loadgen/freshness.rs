@@ -47,7 +47,7 @@ use tonic::transport::{Channel, Endpoint};
 
 pub use self::storm::StormOptions;
 use self::storm::play::{Source, Storm, Totals};
-use super::{report, stack::EngineAddress, stats::percentiles};
+use super::{progress::Progress, report, stack::EngineAddress, stats::percentiles};
 use crate::proto::kvindexer::{
     ListPodsRequest, Prompt, RegisterPodRequest, ScoreDetail, ScoreRequest, UnregisterPodRequest,
     WaitVisibleRequest, WaitVisibleResponse, kv_indexer_client::KvIndexerClient, prompt::Input,
@@ -86,6 +86,8 @@ pub struct WatchOptions {
     pub picker: Option<SocketAddr>,
     /// Injected events.
     pub storm: Option<StormOptions>,
+    /// Where the storm's backlog is told while it is looked at.
+    pub progress: Option<Arc<Progress>>,
     /// Publish through a proxy that delays by 2 ms ± 1 ms.
     pub delayed: bool,
 }
@@ -249,7 +251,8 @@ async fn play(
     let quiet = CancellationToken::new();
     let (mut seen, mut drains, mut settled) =
         (backlog::Seen::default(), backlog::Drains::default(), Settled::default());
-    let backlog = backlog::watch(&targets, origin, client.clone(), &quiet, &mut seen);
+    let told = options.progress.as_deref();
+    let backlog = backlog::watch(&targets, (origin, told), client.clone(), &quiet, &mut seen);
     let drained = backlog::drains(&targets, sent, origin, client.clone(), board, &mut drains);
     let played = async {
         let _quiet_when_done = quiet.clone().drop_guard();

@@ -31,6 +31,7 @@ fn options(indexer: SocketAddr) -> WatchOptions {
         engines: Vec::new(),
         picker: None,
         storm: None,
+        progress: None,
         delayed: false,
     }
 }
@@ -323,9 +324,9 @@ async fn struck(part: &str, signal: &str) -> (Watched, Duration) {
         (watched, Instant::now())
     };
     let striking = async {
-        // Ten series of picks, or one that is not followed: a second or more, and so some bursts.
+        // Fifteen series of picks, or more than one that is not followed: so some bursts, too.
         let deadline = Instant::now() + patience();
-        while sum(&stack, "llm_d_epp_request_total").await < 100.0 {
+        while sum(&stack, "llm_d_epp_request_total").await < 150.0 {
             assert!(Instant::now() < deadline, "nothing is asked");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -16,7 +16,7 @@ use super::{
     Board, Client, PATIENCE, PodHandle, call,
     storm::play::{Burst, Ledger},
 };
-use crate::{proto::kvindexer::ListPodsRequest, support::sync::lock};
+use crate::{loadgen::progress::Progress, proto::kvindexer::ListPodsRequest, support::sync::lock};
 
 /// Time between two looks.
 const EVERY: Duration = Duration::from_millis(10);
@@ -46,13 +46,28 @@ struct Lives {
     stale_epoch: Option<u64>,
 }
 
-/// Looks until `quiet`.
+/// Looks until `quiet`, and tells `progress` meanwhile.
 pub(super) async fn watch(
+    targets: &[Target],
+    (origin, progress): (Instant, Option<&Progress>),
+    client: Client,
+    quiet: &CancellationToken,
+    seen: &mut Seen,
+) -> anyhow::Result<()> {
+    let tell = |batches| progress.map_or((), |progress| progress.set_backlog(batches));
+    let outcome = look(targets, origin, client, quiet, seen, tell).await;
+    // Nobody looks any more.
+    tell(None);
+    outcome
+}
+
+async fn look(
     targets: &[Target],
     origin: Instant,
     mut client: Client,
     quiet: &CancellationToken,
     seen: &mut Seen,
+    tell: impl Fn(Option<u64>),
 ) -> anyhow::Result<()> {
     let mut lives = vec![Lives::default(); targets.len()];
     let mut ticks = tokio::time::interval(EVERY);
@@ -94,6 +109,7 @@ pub(super) async fn watch(
                 seen.oldest = seen.oldest.max(now.saturating_duration_since(*sent));
             }
         }
+        tell(Some(batches));
         seen.most_batches = seen.most_batches.max(batches);
         let changed = seen.series.last().is_none_or(|[_, last]| *last != batches as f64);
         if changed && seen.series.len() < MOST_POINTS {

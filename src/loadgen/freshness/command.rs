@@ -74,6 +74,7 @@ pub async fn run(
             engines: Vec::new(),
             picker: None,
             storm,
+            progress: None,
             delayed,
         };
         let end = stop.child_token();

@@ -422,6 +422,7 @@ impl Driver<'_> {
             engines: self.ground.engines.clone(),
             picker: self.picker_that_asks(),
             storm: spec.storm.clone(),
+            progress: Some(Arc::clone(self.progress)),
             delayed: self.common.delayed,
         };
         let (origin, stop) = (Instant::now(), CancellationToken::new());
