@@ -4,6 +4,8 @@
 //! | --- | --- |
 //! | [`probe`] | blocks of our own, published and looked for |
 //! | [`steps`] | blocks of engines, looked for since the end of their step |
+//! | [`picks`] | the same in the name of engines, until the endpoint picker routes by them |
+//! | [`publisher`] | a publisher of ours |
 //! | [`storm`] | bursts of events without engines |
 //! | [`backlog`] | what was published and is not applied yet |
 //! | [`delay`] | a proxy that delays, to show that delays are seen |
@@ -13,11 +15,18 @@
 //!
 //! [`watch`] has a thread with a runtime of its own, so that answers are timed when they come, whatever
 //! the caller's runtime does; a storm is published by one more thread.
+//!
+//! # Failure
+//!
+//! What is wrong at the start is an error. After that, an indexer that dies or does not answer a call
+//! in five seconds ends the measurement; what was measured until then is returned, with warnings.
 
 pub mod backlog;
 pub mod command;
 pub mod delay;
+pub mod picks;
 pub mod probe;
+pub mod publisher;
 pub mod steps;
 pub mod storm;
 
@@ -38,7 +47,7 @@ use tonic::transport::{Channel, Endpoint};
 
 pub use self::storm::StormOptions;
 use self::storm::play::{Source, Storm, Totals};
-use super::{report, stack::EngineAddress, stats::percentiles};
+use super::{progress::Progress, report, stack::EngineAddress, stats::percentiles};
 use crate::proto::kvindexer::{
     ListPodsRequest, Prompt, RegisterPodRequest, ScoreDetail, ScoreRequest, UnregisterPodRequest,
     WaitVisibleRequest, WaitVisibleResponse, kv_indexer_client::KvIndexerClient, prompt::Input,
@@ -47,6 +56,8 @@ use crate::proto::kvindexer::{
 /// How long the indexer may take to answer a connection, to subscribe, and to apply what is left at
 /// the end.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a call may take.
+const CALL: Duration = Duration::from_secs(5);
 /// After this time a probe is lost.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Chains that are held, and chains that are gone, looked at per pod at the end.
@@ -70,8 +81,13 @@ pub struct WatchOptions {
     pub condition: String,
     /// Engines whose own events are timed from the end of the step; may be empty.
     pub engines: Vec<EngineAddress>,
+    /// The endpoint picker's `ext_proc` address, if it routes by what the indexer says: it is asked until
+    /// it names the one of `engines` for which blocks were published. Needs two engines, to choose from.
+    pub picker: Option<SocketAddr>,
     /// Injected events.
     pub storm: Option<StormOptions>,
+    /// Where the storm's backlog is told while it is looked at.
+    pub progress: Option<Arc<Progress>>,
     /// Publish through a proxy that delays by 2 ms ± 1 ms.
     pub delayed: bool,
 }
@@ -89,10 +105,12 @@ pub struct Watched {
     pub backlog: Vec<[f64; 2]>,
     /// Begin and end of bursts of events, seconds from the origin; the end is when it was drained.
     pub event_bursts: Vec<[f64; 2]>,
+    /// Why this is not all, or not to be trusted; empty if nothing went wrong.
+    pub warnings: Vec<String>,
 }
 
 /// Measures until `stop` is cancelled; times count from `origin`. Then what is under way is waited for,
-/// some 20 s at most. Dropping the future stops it, too.
+/// some 25 s at most. Dropping the future stops it, too.
 ///
 /// # Errors
 ///
@@ -127,13 +145,17 @@ async fn run(
     let block_size = block_size(&mut client, &options.model).await?;
     let board = Arc::new(Board::default());
     let mut pods = Vec::new();
-    let measured =
-        measure(&options, origin, &stop, (client.clone(), block_size), &board, &mut pods).await;
+    let asked = (client.clone(), block_size);
+    // Boxed: it is large.
+    let measured = Box::pin(measure(&options, origin, &stop, asked, &board, &mut pods)).await;
     // A storm that still runs ends with us.
     stop.cancel();
     for pod in pods {
-        // The indexer may be gone.
-        drop(client.unregister_pod(pod.unregistration()).await);
+        // The indexer may be gone, or silent for good.
+        let asked = client.unregister_pod(pod.unregistration());
+        if tokio::time::timeout(CALL, asked).await.is_err() {
+            break;
+        }
     }
     measured
 }
@@ -171,12 +193,42 @@ async fn measure(
             sources.push(source);
         }
     }
-    let steps = steps::watch(options, client.clone(), stop.clone());
-    let storm = play(options, sources, origin, stop, client, board);
-    let ((), steps, storm) = tokio::try_join!(probes.run(stop), steps, storm)?;
-    let mut watched = storm;
-    probes.report(steps, &mut watched);
+    let listener = steps::Listener::connect(&options.engines)?;
+    let mut picks = picks::Picks::start(
+        options,
+        handle,
+        &at,
+        (client.clone(), block_size),
+        Arc::clone(board),
+        pods,
+    )
+    .await?;
+    let (mut steps, mut watched) = Default::default();
+    // What has begun is not lost by a part that fails: all end, and what there is is written down.
+    let ended = |part: anyhow::Result<()>| part.map_err(|error| failed(&error, stop)).err();
+    let warnings = tokio::join!(
+        async { ended(probes.run(stop).await) },
+        async { ended(steps::watch(listener, client.clone(), stop, &mut steps).await) },
+        async {
+            // Its end is none of the others.
+            picks.as_mut()?.run(stop).await.err().map(|error| in_part(&error))
+        },
+        play(options, sources, origin, stop, client.clone(), board, &mut watched),
+    );
+    watched.warnings.extend([warnings.0, warnings.1, warnings.2].into_iter().flatten());
+    let picked = picks.map_or_else(Default::default, picks::Picks::end);
+    probes.report(steps, picked, &mut watched);
     Ok(watched)
+}
+
+/// Ends the measurement because of a part, and says why.
+fn failed(error: &anyhow::Error, stop: &CancellationToken) -> String {
+    stop.cancel();
+    in_part(error)
+}
+
+fn in_part(error: &anyhow::Error) -> String {
+    format!("freshness was measured in part: {error:#}")
 }
 
 /// Runs the storm, if there is one, and looks at what the indexer makes of it.
@@ -187,8 +239,9 @@ async fn play(
     stop: &CancellationToken,
     mut client: Client,
     board: &Arc<Board>,
-) -> anyhow::Result<Watched> {
-    let Some(storm) = &options.storm else { return Ok(Watched::default()) };
+    watched: &mut Watched,
+) {
+    let Some(storm) = &options.storm else { return };
     let targets: Vec<_> =
         sources.iter().map(|source| (source.pod.clone(), Arc::clone(&source.ledger))).collect();
     let cpu_before = options.indexer_pid.and_then(cpu_ns);
@@ -196,8 +249,11 @@ async fn play(
     let storm = Storm { options: storm.clone(), sources, board: Arc::clone(board), bursts };
     let written = storm.options.to_string();
     let quiet = CancellationToken::new();
-    let backlog = backlog::watch(&targets, origin, client.clone(), &quiet);
-    let drains = backlog::drains(&targets, sent, origin, client.clone(), board);
+    let (mut seen, mut drains, mut settled) =
+        (backlog::Seen::default(), backlog::Drains::default(), Settled::default());
+    let told = options.progress.as_deref();
+    let backlog = backlog::watch(&targets, (origin, told), client.clone(), &quiet, &mut seen);
+    let drained = backlog::drains(&targets, sent, origin, client.clone(), board, &mut drains);
     let played = async {
         let _quiet_when_done = quiet.clone().drop_guard();
         let (done, outcome) = oneshot::channel();
@@ -207,19 +263,32 @@ async fn play(
             drop(done.send(storm.play(&stop)));
         })?;
         let (sources, totals) = outcome.await.context("the thread of the storm ended")??;
-        settle(sources, totals, client.clone()).await
+        settled.totals = totals;
+        settle(sources, &mut settled, client.clone()).await
     };
-    let (seen, drains, settled) = tokio::try_join!(backlog, drains, played)?;
+    let ended = |part: anyhow::Result<()>| part.map_err(|error| failed(&error, stop)).err();
+    let warnings =
+        tokio::join!(async { ended(backlog.await) }, async { ended(drained.await) }, async {
+            ended(played.await)
+        },);
+    watched.warnings.extend([warnings.0, warnings.1, warnings.2].into_iter().flatten());
     let Settled { totals, lost_batches, wrong_pods } = settled;
     let cpu = options.indexer_pid.and_then(cpu_ns).zip(cpu_before);
-    let rows = client.list_pods(ListPodsRequest {}).await?.into_inner().pods;
+    let mut rows = Vec::new();
+    if watched.warnings.is_empty() {
+        match call("ListPods", client.list_pods(ListPodsRequest {})).await {
+            Ok(answer) => rows = answer.pods,
+            Err(error) => watched.warnings.push(failed(&error, stop)),
+        }
+    }
     let ours = || rows.iter().filter(|row| targets.iter().any(|(pod, _)| pod.name == row.pod));
-    let report = report::Storm {
+    watched.storm = Some(report::Storm {
         options: written,
         publishers: targets.len() as u64,
         batches: totals.batches,
         blocks: totals.blocks,
         bursts: totals.bursts,
+        undrained: totals.bursts.saturating_sub(drains.ms.len() as u64),
         blocks_per_s: totals.blocks as f64 / totals.span.as_secs_f64().max(1e-9),
         backlog_max_batches: seen.most_batches,
         backlog_max_ms: seen.oldest.as_secs_f64() * 1e3,
@@ -229,54 +298,69 @@ async fn play(
         replays: ours().map(|row| row.replays).sum(),
         wrong_pods,
         indexer_ns_per_block: cpu
+            .filter(|_| totals.blocks > 0)
             .map(|(after, before)| after.saturating_sub(before) as f64 / totals.blocks as f64),
-    };
-    Ok(Watched {
-        storm: Some(report),
-        backlog: seen.series,
-        event_bursts: drains.bursts,
-        ..Watched::default()
-    })
+    });
+    watched.backlog = seen.series;
+    watched.event_bursts = drains.bursts;
 }
 
+#[derive(Debug, Default)]
 struct Settled {
     totals: Totals,
     lost_batches: u64,
     wrong_pods: Vec<String>,
 }
 
-/// Waits until everything is applied, and compares the pods with what they were sent.
+/// Waits until everything is applied, and compares the pods with what they were sent. After a call
+/// without an answer none is made; pods that could not be looked at are wrong.
 async fn settle(
     sources: Vec<Source>,
-    totals: Totals,
+    settled: &mut Settled,
     mut client: Client,
-) -> anyhow::Result<Settled> {
+) -> anyhow::Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    let (mut lost_batches, mut wrong_pods) = (0, Vec::new());
+    let mut outcome = Ok(());
     for mut source in sources {
-        let last = crate::support::sync::lock(&source.ledger).next.saturating_sub(1);
-        let applied = loop {
-            let answer = source.pod.wait(&mut client, last).await?;
-            // A publisher that started again has its old sequences until that is noticed.
-            if answer.reached && answer.applied_sequence == last {
-                break Some(last);
+        let name = source.pod.name.clone();
+        if outcome.is_ok() {
+            match settle_one(&mut source, &mut client, deadline, &mut settled.lost_batches).await {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => outcome = Err(error),
             }
-            if Instant::now() >= deadline {
-                break (answer.applied_sequence < last).then_some(answer.applied_sequence);
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        };
-        lost_batches += last.saturating_sub(applied.unwrap_or_default());
-        let samples = source.cache.sample(SAMPLES);
-        let prompts = samples.iter().map(|(tokens, _)| prompt(tokens)).collect();
-        let answer = client.score(source.pod.score(prompts)).await?.into_inner();
-        let depths = answer.prompts.iter().map(confirmed_depth);
-        let expected = samples.iter().map(|(_, depth)| *depth);
-        if applied != Some(last) || !depths.eq(expected) {
-            wrong_pods.push(source.pod.name.clone());
         }
+        settled.wrong_pods.push(name);
     }
-    Ok(Settled { totals, lost_batches, wrong_pods })
+    outcome
+}
+
+/// Whether a pod is what it should be.
+async fn settle_one(
+    source: &mut Source,
+    client: &mut Client,
+    deadline: Instant,
+    lost_batches: &mut u64,
+) -> anyhow::Result<bool> {
+    let last = crate::support::sync::lock(&source.ledger).next.saturating_sub(1);
+    let applied = loop {
+        let answer = source.pod.wait(client, last, deadline).await?;
+        // A publisher that started again has its old sequences until that is noticed.
+        if answer.reached && answer.applied_sequence == last {
+            break Some(last);
+        }
+        if Instant::now() >= deadline {
+            break (answer.applied_sequence < last).then_some(answer.applied_sequence);
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    *lost_batches += last.saturating_sub(applied.unwrap_or_default());
+    let samples = source.cache.sample(SAMPLES);
+    let prompts = samples.iter().map(|(tokens, _)| prompt(tokens)).collect();
+    let answer = call("Score", client.score(source.pod.score(prompts))).await?;
+    let depths = answer.prompts.iter().map(confirmed_depth);
+    let expected = samples.iter().map(|(_, depth)| *depth);
+    Ok(applied == Some(last) && depths.eq(expected))
 }
 
 /// What probes and storm know of each other.
@@ -301,6 +385,7 @@ impl Board {
 #[derive(Clone, Debug, Default)]
 pub(super) struct PodHandle {
     name: String,
+    rank: u32,
     model: String,
     endpoint: String,
     replay: String,
@@ -314,34 +399,37 @@ impl PodHandle {
     async fn register(&self, client: &mut Client) -> anyhow::Result<()> {
         let request = RegisterPodRequest {
             pod: self.name.clone(),
-            dp_rank: Some(0),
+            dp_rank: Some(self.rank),
             model: self.model.clone(),
             endpoint: self.endpoint.clone(),
             replay_endpoint: self.replay.clone(),
             ..RegisterPodRequest::default()
         };
-        client.register_pod(request).await.context("RegisterPod")?;
+        call("RegisterPod", client.register_pod(request)).await?;
         Ok(())
     }
 
     fn unregistration(&self) -> UnregisterPodRequest {
-        UnregisterPodRequest { pod: self.name.clone(), dp_rank: Some(0) }
+        UnregisterPodRequest { pod: self.name.clone(), dp_rank: Some(self.rank) }
     }
 
-    /// Waits for a sequence, a second at most.
+    /// Waits for a sequence until `deadline`, a second at most; what is visible already is told after it,
+    /// too.
     async fn wait(
         &self,
         client: &mut Client,
         sequence: u64,
-    ) -> Result<WaitVisibleResponse, tonic::Status> {
+        deadline: Instant,
+    ) -> anyhow::Result<WaitVisibleResponse> {
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
         let request = WaitVisibleRequest {
             pod: self.name.clone(),
-            dp_rank: Some(0),
+            dp_rank: Some(self.rank),
             sequence,
             epoch: None,
-            timeout_ms: 1_000,
+            timeout_ms: left.clamp(1, 1_000) as u32,
         };
-        Ok(client.wait_visible(request).await?.into_inner())
+        call("WaitVisible", client.wait_visible(request)).await
     }
 
     fn score(&self, prompts: Vec<Prompt>) -> ScoreRequest {
@@ -352,6 +440,17 @@ impl PodHandle {
             detail: ScoreDetail::Pods.into(),
             ..ScoreRequest::default()
         }
+    }
+}
+
+/// The answer of a call, which has its time.
+async fn call<T>(
+    name: &'static str,
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> anyhow::Result<T> {
+    match tokio::time::timeout(CALL, answer).await {
+        Ok(answer) => Ok(answer.context(name)?.into_inner()),
+        Err(_) => bail!("the indexer does not answer {name} within {CALL:?}"),
     }
 }
 
@@ -373,12 +472,7 @@ async fn connect(indexer: SocketAddr) -> anyhow::Result<Channel> {
 
 /// Tokens per block in the index.
 async fn block_size(client: &mut Client, model: &str) -> anyhow::Result<usize> {
-    let request = async { client.list_pods(ListPodsRequest {}).await };
-    let listed = tokio::time::timeout(PATIENCE, request)
-        .await
-        .context("the indexer does not answer")?
-        .context("ListPods")?
-        .into_inner();
+    let listed = call("ListPods", client.list_pods(ListPodsRequest {})).await?;
     let of_model = listed.models.into_iter().find(|of| of.model == model).and_then(|of| of.hash);
     let size = of_model.or(listed.hash).map_or(0, |hash| hash.block_size);
     anyhow::ensure!(size > 0, "the indexer does not say its block size");

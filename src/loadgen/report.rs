@@ -363,12 +363,18 @@ pub struct Freshness {
     pub n: u64,
     /// Probes that were not visible in time.
     pub lost: u64,
+    /// Series of picks that were visible and that the endpoint picker did not follow in time, because of
+    /// load; they are not `lost`.
+    #[serde(default)]
+    pub routed_elsewhere: u64,
     /// By kind: `store`, `remove`, `engine_step` (from the end of an engine's step), `endpoint_picker` (until
-    /// the endpoint picker routes by it), each under `idle`, `steady`, `burst` or `delayed`:
+    /// the endpoint picker routes by a store), each under `idle`, `steady`, `burst` or `delayed`:
     /// `store.idle`.
     pub kinds: BTreeMap<String, Percentiles>,
     /// Time between two polls, microseconds: what the numbers may be too large by.
     pub resolution_us: Option<f64>,
+    /// Time between two picks, microseconds: what `endpoint_picker` may be too large by.
+    pub pick_resolution_us: Option<f64>,
     /// What the indexer's own `WaitVisible` says of the same events.
     pub wait_visible: Option<Percentiles>,
     /// Ours − the indexer's, microseconds.
@@ -388,6 +394,9 @@ pub struct Storm {
     pub blocks: u64,
     /// Bursts.
     pub bursts: u64,
+    /// Bursts that were not seen to be drained within 10 s; `drain_ms` is of the others.
+    #[serde(default)]
+    pub undrained: u64,
     /// Blocks per second between first and last send.
     pub blocks_per_s: f64,
     /// Batches sent and not yet applied, largest.

@@ -144,59 +144,6 @@ pub fn wilson(met: u64, n: u64) -> [f64; 2] {
     [(centre - half).max(0.0), (centre + half).min(1.0)]
 }
 
-/// How two numbers are set against each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Versus {
-    /// `a − b`.
-    Difference,
-    /// `a ÷ b`.
-    Ratio,
-}
-
-impl Versus {
-    fn of(self, a: f64, b: f64) -> f64 {
-        match self {
-            Self::Difference => a - b,
-            Self::Ratio => a / b,
-        }
-    }
-}
-
-/// Returns the 95 % interval of `statistic(a)` against `statistic(b)` within one run, by a moving-block
-/// bootstrap: neighbours are drawn together, since a slow request seldom comes alone. Values are in the
-/// order of their arrivals; of equally many, the same stretches are drawn from both, as arms with the
-/// same plan want. Blocks are ⌈n^⅓⌉ values long. `None` with fewer than 20 values of either, or if the
-/// statistic is not finite.
-///
-/// Cost: some 2 000 times the statistic of as many values.
-#[must_use]
-pub fn block_bootstrap(
-    a: &[f64],
-    b: &[f64],
-    versus: Versus,
-    seed: u64,
-    statistic: impl Fn(&mut [f64]) -> f64,
-) -> Option<[f64; 2]> {
-    if a.len() < 20 || b.len() < 20 {
-        return None;
-    }
-    let mut random = fastrand::Rng::with_seed(seed);
-    let starts = |random: &mut fastrand::Rng, n: usize| -> (Vec<usize>, usize) {
-        let block = (n as f64).cbrt().ceil() as usize;
-        ((0..n.div_ceil(block)).map(|_| random.usize(0..=n - block)).collect(), block)
-    };
-    let draw = |values: &[f64], (starts, block): &(Vec<usize>, usize)| -> Vec<f64> {
-        let blocks = starts.iter().flat_map(|start| &values[*start..start + block]);
-        blocks.take(values.len()).copied().collect()
-    };
-    let draws = (0..RESAMPLES).map(|_| {
-        let of_a = starts(&mut random, a.len());
-        let of_b = if a.len() == b.len() { of_a.clone() } else { starts(&mut random, b.len()) };
-        versus.of(statistic(&mut draw(a, &of_a)), statistic(&mut draw(b, &of_b)))
-    });
-    interval(&draws.collect::<Vec<_>>())
-}
-
 /// Returns the 95 % bootstrap interval of the median of repeats; `None` for fewer than three.
 #[must_use]
 pub fn bootstrap_median(values: &[f64], seed: u64) -> Option<[f64; 2]> {

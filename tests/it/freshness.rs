@@ -9,13 +9,17 @@ use kv_indexer::{
     loadgen::{
         engine::{Engine, EngineOptions},
         freshness::{WatchOptions, Watched, watch},
-        stack::EngineAddress,
+        resources::Watched as Source,
+        stack::{EngineAddress, Policy, Stack, StackOptions},
     },
     proto::kvindexer::ListPodsRequest,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Indexer, connect, http::post, patience, runtime};
+use crate::{
+    stack::rig,
+    support::{Indexer, connect, http::post, http_get, patience, runtime},
+};
 
 fn options(indexer: SocketAddr) -> WatchOptions {
     WatchOptions {
@@ -25,7 +29,9 @@ fn options(indexer: SocketAddr) -> WatchOptions {
         probes_per_s: 100.0,
         condition: "idle".to_owned(),
         engines: Vec::new(),
+        picker: None,
         storm: None,
+        progress: None,
         delayed: false,
     }
 }
@@ -34,22 +40,34 @@ fn options(indexer: SocketAddr) -> WatchOptions {
 fn watched(options: WatchOptions, seconds: f64) -> anyhow::Result<Watched> {
     let grpc = options.indexer;
     runtime().block_on(async {
-        let stop = CancellationToken::new();
-        let watching = watch(options, Instant::now(), stop.clone());
-        tokio::pin!(watching);
-        let watched = tokio::select! {
-            ended = &mut watching => ended,
-            () = tokio::time::sleep(Duration::from_secs_f64(seconds)) => {
-                stop.cancel();
-                watching.await
-            }
-        };
+        let watched = watched_for(options, seconds).await;
         if watched.is_ok() {
-            let pods = connect(grpc).await.list_pods(ListPodsRequest {}).await.unwrap();
-            assert!(pods.into_inner().pods.is_empty());
+            assert_eq!(rows(grpc).await, []);
         }
         watched
     })
+}
+
+async fn watched_for(options: WatchOptions, seconds: f64) -> anyhow::Result<Watched> {
+    let stop = CancellationToken::new();
+    let watching = watch(options, Instant::now(), stop.clone());
+    tokio::pin!(watching);
+    tokio::select! {
+        ended = &mut watching => ended,
+        () = tokio::time::sleep(Duration::from_secs_f64(seconds)) => {
+            stop.cancel();
+            watching.await
+        }
+    }
+}
+
+/// Pods and ranks that the indexer knows.
+async fn rows(indexer: SocketAddr) -> Vec<(String, Option<u32>)> {
+    let answer = connect(indexer).await.list_pods(ListPodsRequest {}).await.unwrap();
+    let rows = answer.into_inner().pods.into_iter().map(|row| (row.pod, row.dp_rank));
+    let mut rows: Vec<_> = rows.collect();
+    rows.sort();
+    rows
 }
 
 fn p50(watched: &Watched, kind: &str) -> f64 {
@@ -188,4 +206,193 @@ fn what_is_not_there_is_an_error() {
     let error =
         watched(WatchOptions { engines: vec![engine], ..options(indexer.grpc) }, 30.0).unwrap_err();
     assert!(error.to_string().contains("events of e at \"nonsense\""), "{error:#}");
+}
+
+/// Watches a stack through its endpoint picker.
+fn through(stack: &Stack) -> WatchOptions {
+    WatchOptions {
+        engines: stack.engines().to_vec(),
+        picker: stack.ext_proc(),
+        // A series of picks each 100 ms.
+        probes_per_s: 500.0,
+        ..options(stack.indexer().unwrap())
+    }
+}
+
+/// Sum of a metric of the endpoint picker.
+async fn sum(stack: &Stack, name: &str) -> f64 {
+    let metrics = stack.epp_metrics().unwrap();
+    let page = tokio::task::spawn_blocking(move || http_get(metrics, "/metrics").unwrap()).await;
+    let (_, page) = page.unwrap();
+    let values = page.lines().filter_map(|line| line.strip_prefix(name));
+    let values = values.filter(|rest| rest.starts_with(['{', ' ']));
+    values.map(|rest| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}
+
+/// Waits until nothing of what was asked is on its way.
+async fn no_load(stack: &Stack) {
+    let deadline = Instant::now() + patience();
+    loop {
+        let streams = sum(stack, "epp_open_streams").await;
+        let requests = sum(stack, "llm_d_epp_inflight_requests").await;
+        if (streams, requests) == (0.0, 0.0) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{streams} streams, {requests} requests");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[test]
+fn picks_follow_what_is_published_and_leave_nothing() {
+    runtime().block_on(async {
+        let stack = rig::start(rig::options(Policy::Precise)).await;
+        let before = rows(stack.indexer().unwrap()).await;
+        let watched = watched_for(through(&stack), 3.0).await.unwrap();
+        let freshness = &watched.freshness;
+        assert_eq!(watched.warnings, [""; 0]);
+        assert_eq!((freshness.lost, freshness.routed_elsewhere), (0, 0), "{freshness:?}");
+        let picks = &freshness.kinds["endpoint_picker.idle"];
+        assert!(picks.n >= 10 && picks.min.unwrap() > 0.0, "{picks:?}");
+        let resolution = freshness.pick_resolution_us.unwrap();
+        // A pick is a call of its own, and its answer is the first or one of the next.
+        assert!(resolution > 0.0 && picks.p50.unwrap() < 20.0 * resolution, "{freshness:?}");
+
+        no_load(&stack).await;
+        assert!(sum(&stack, "llm_d_epp_request_total").await >= 10.0 * picks.n as f64 / 2.0);
+        assert_eq!(stack.scrape_predictions().await.unwrap().unwrap().compared(), 0);
+        assert_eq!(rows(stack.indexer().unwrap()).await, before);
+        for engine in stack.engine_totals().await.unwrap() {
+            assert_eq!(engine.queries, 0, "no engine is asked");
+        }
+        stack.stop().await;
+    });
+}
+
+#[test]
+fn a_picker_that_does_not_follow_is_not_credited() {
+    runtime().block_on(async {
+        let random = rig::options(Policy::Random);
+        let stack = rig::start(StackOptions { indexer: true, ..random }).await;
+        let watched = watched_for(through(&stack), 7.0).await.unwrap();
+        let freshness = &watched.freshness;
+        // The indexer shows the chains; only nobody routes by them.
+        assert_eq!(freshness.lost, 0, "{freshness:?}");
+        let picks = freshness.kinds.get("endpoint_picker.idle").map_or(0, |picks| picks.n);
+        // Chance ends one series in a hundred.
+        assert!(freshness.routed_elsewhere + picks >= 1 && picks <= 1, "{freshness:?}");
+        no_load(&stack).await;
+        stack.stop().await;
+    });
+}
+
+#[test]
+fn picks_that_are_given_up_leave_nothing() {
+    runtime().block_on(async {
+        let stack = rig::start(rig::options(Policy::Precise)).await;
+        let before = rows(stack.indexer().unwrap()).await;
+        let watching = watch(through(&stack), Instant::now(), CancellationToken::new());
+        // Dropped in the middle of it.
+        assert!(tokio::time::timeout(Duration::from_millis(1_200), watching).await.is_err());
+        no_load(&stack).await;
+        let deadline = Instant::now() + patience();
+        while rows(stack.indexer().unwrap()).await != before {
+            assert!(Instant::now() < deadline, "{:?}", rows(stack.indexer().unwrap()).await);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        no_load(&stack).await;
+        stack.stop().await;
+    });
+}
+
+/// Sends a signal to a part of a stack while it is watched with a storm. The watch is to end by itself,
+/// or is ended eight seconds later.
+async fn struck(part: &str, signal: &str) -> (Watched, Duration) {
+    let stack = rig::start(rig::options(Policy::Precise)).await;
+    let component = stack.components().into_iter().find(|it| it.name == part).unwrap();
+    let [Source::Pid(pid)] = component.sources[..] else { panic!("{component:?}") };
+    let send = |signal: &str| {
+        let mut kill = std::process::Command::new("kill");
+        assert!(kill.args([&format!("-{signal}"), &pid.to_string()]).status().unwrap().success());
+    };
+    let storm = "publishers=2,rate=2000,burst=1000,interval=400ms,batch=8,cap=2000";
+    let options = WatchOptions { storm: Some(storm.parse().unwrap()), ..through(&stack) };
+    let stop = CancellationToken::new();
+    let watching = async {
+        let watched = watch(options, Instant::now(), stop.clone()).await.unwrap();
+        stop.cancel();
+        (watched, Instant::now())
+    };
+    let striking = async {
+        // Fifteen series of picks, or more than one that is not followed: so some bursts, too.
+        let deadline = Instant::now() + patience();
+        while sum(&stack, "llm_d_epp_request_total").await < 150.0 {
+            assert!(Instant::now() < deadline, "nothing is asked");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        send(signal);
+        let struck = Instant::now();
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(8)) => stop.cancel(),
+            () = stop.cancelled() => {}
+        }
+        struck
+    };
+    let (watched, struck) = tokio::join!(watching, striking);
+    if signal == "STOP" {
+        send("CONT");
+    }
+    stack.stop().await;
+    let (watched, ended) = watched;
+    // What was measured before is there.
+    let freshness = &watched.freshness;
+    // A series ended, if only because the endpoint picker had no core to hear the indexer in time.
+    let picks = freshness.kinds.keys().any(|kind| kind.starts_with("endpoint_picker."));
+    assert!(picks || freshness.routed_elsewhere > 0, "{freshness:?} {:?}", watched.warnings);
+    let storm = watched.storm.as_ref().unwrap();
+    assert!(watched.freshness.n > 0 && storm.batches > 0, "{watched:?}");
+    assert!(storm.drain_ms.n > 0 && !watched.event_bursts.is_empty(), "{storm:?}");
+    (watched, ended - struck)
+}
+
+#[track_caller]
+fn check_indexer(signal: &str) {
+    let (watched, took) = runtime().block_on(struck("indexer", signal));
+    assert!(took < Duration::from_secs(25), "{took:?}");
+    let warnings = watched.warnings.join("\n");
+    assert!(warnings.contains("freshness was measured in part: "), "{warnings:?}");
+    assert!(!watched.storm.unwrap().wrong_pods.is_empty());
+}
+
+#[test]
+fn an_indexer_that_dies_leaves_what_was_measured() {
+    check_indexer("KILL");
+}
+
+#[test]
+fn an_indexer_that_stops_leaves_what_was_measured() {
+    check_indexer("STOP");
+}
+
+#[track_caller]
+fn check_picker(signal: &str, want: &str) {
+    let (watched, took) = runtime().block_on(struck("epp", signal));
+    assert!(took < Duration::from_secs(25), "{took:?}");
+    // All else goes on.
+    let [warning] = &watched.warnings[..] else { panic!("{:?}", watched.warnings) };
+    assert!(warning.contains(want), "{warning}");
+    assert_eq!(watched.freshness.lost, 0);
+    let storm = watched.storm.unwrap();
+    assert_eq!((storm.lost_batches, storm.undrained), (0, 0), "{storm:?}");
+    assert_eq!(storm.wrong_pods, [""; 0]);
+}
+
+#[test]
+fn a_picker_that_dies_leaves_the_rest() {
+    check_picker("KILL", "the endpoint picker routes nothing: endpoint_picker");
+}
+
+#[test]
+fn a_picker_that_stops_leaves_the_rest() {
+    check_picker("STOP", "the endpoint picker does not answer within 5s");
 }

@@ -3,4 +3,4 @@
 mod client;
 mod ends;
 mod policies;
-mod rig;
+pub(crate) mod rig;

@@ -9,15 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Board, Client, PATIENCE, PodHandle,
+    Board, Client, PATIENCE, PodHandle, call,
     storm::play::{Burst, Ledger},
 };
-use crate::{proto::kvindexer::ListPodsRequest, support::sync::lock};
+use crate::{loadgen::progress::Progress, proto::kvindexer::ListPodsRequest, support::sync::lock};
 
 /// Time between two looks.
 const EVERY: Duration = Duration::from_millis(10);
@@ -47,21 +46,36 @@ struct Lives {
     stale_epoch: Option<u64>,
 }
 
-/// Looks until `quiet`.
+/// Looks until `quiet`, and tells `progress` meanwhile.
 pub(super) async fn watch(
+    targets: &[Target],
+    (origin, progress): (Instant, Option<&Progress>),
+    client: Client,
+    quiet: &CancellationToken,
+    seen: &mut Seen,
+) -> anyhow::Result<()> {
+    let tell = |batches| progress.map_or((), |progress| progress.set_backlog(batches));
+    let outcome = look(targets, origin, client, quiet, seen, tell).await;
+    // Nobody looks any more.
+    tell(None);
+    outcome
+}
+
+async fn look(
     targets: &[Target],
     origin: Instant,
     mut client: Client,
     quiet: &CancellationToken,
-) -> anyhow::Result<Seen> {
-    let mut seen = Seen::default();
+    seen: &mut Seen,
+    tell: impl Fn(Option<u64>),
+) -> anyhow::Result<()> {
     let mut lives = vec![Lives::default(); targets.len()];
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
-            () = quiet.cancelled() => return Ok(seen),
+            () = quiet.cancelled() => return Ok(()),
             _ = ticks.tick() => {}
         }
         let sent: Vec<(u64, u64)> = targets
@@ -71,7 +85,7 @@ pub(super) async fn watch(
                 (ledger.life, ledger.next)
             })
             .collect();
-        let rows = client.list_pods(ListPodsRequest {}).await.context("ListPods")?.into_inner();
+        let rows = call("ListPods", client.list_pods(ListPodsRequest {})).await?;
         let now = Instant::now();
         let mut batches = 0;
         for (((pod, ledger), lives), (life, next)) in targets.iter().zip(&mut lives).zip(sent) {
@@ -95,6 +109,7 @@ pub(super) async fn watch(
                 seen.oldest = seen.oldest.max(now.saturating_duration_since(*sent));
             }
         }
+        tell(Some(batches));
         seen.most_batches = seen.most_batches.max(batches);
         let changed = seen.series.last().is_none_or(|[_, last]| *last != batches as f64);
         if changed && seen.series.len() < MOST_POINTS {
@@ -112,20 +127,22 @@ pub(super) struct Drains {
     pub(super) bursts: Vec<[f64; 2]>,
 }
 
-/// Follows bursts until there are no more. A burst that is not drained in ten seconds is given up.
+/// Follows bursts until there are no more. A burst that is not drained ten seconds after it left is given
+/// up.
 pub(super) async fn drains(
     targets: &[Target],
     mut sent: mpsc::Receiver<Burst>,
     origin: Instant,
     client: Client,
     board: &Board,
-) -> anyhow::Result<Drains> {
-    let mut drains = Drains::default();
+    drains: &mut Drains,
+) -> anyhow::Result<()> {
     while let Some(burst) = sent.recv().await {
         let mut waits = JoinSet::new();
         for &(at, sequence) in &burst.last {
             let (pod, ledger) = targets[at].clone();
-            waits.spawn(applied(pod, ledger, client.clone(), sequence));
+            let deadline = burst.sent + PATIENCE;
+            waits.spawn(applied(pod, ledger, client.clone(), (sequence, deadline)));
         }
         let mut drained = Some(burst.sent);
         while let Some(applied) = waits.join_next().await {
@@ -139,7 +156,7 @@ pub(super) async fn drains(
         let span = [burst.began, end].map(|at| (at - origin).as_secs_f64());
         drains.bursts.push(span);
     }
-    Ok(drains)
+    Ok(())
 }
 
 /// When a sequence was seen to be applied, or its publisher to have started again; `None` = not in
@@ -148,12 +165,11 @@ async fn applied(
     pod: PodHandle,
     ledger: Arc<Mutex<Ledger>>,
     mut client: Client,
-    sequence: u64,
+    (sequence, deadline): (u64, Instant),
 ) -> anyhow::Result<Option<Instant>> {
     let life = lock(&ledger).life;
-    let deadline = Instant::now() + PATIENCE;
     loop {
-        let answer = pod.wait(&mut client, sequence).await.context("WaitVisible")?;
+        let answer = pod.wait(&mut client, sequence, deadline).await?;
         let now = Instant::now();
         if answer.reached || lock(&ledger).life != life {
             return Ok(Some(now));

@@ -72,7 +72,9 @@ pub async fn run(
             probes_per_s: arguments.probes,
             condition: condition.to_owned(),
             engines: Vec::new(),
+            picker: None,
             storm,
+            progress: None,
             delayed,
         };
         let end = stop.child_token();
@@ -91,6 +93,7 @@ pub async fn run(
             "freshness_us": watched.freshness,
             "storm": watched.storm,
             "event_bursts": watched.event_bursts,
+            "warnings": watched.warnings,
         }));
     }
     if let Some(path) = &arguments.json {
@@ -124,13 +127,14 @@ fn write(condition: &str, watched: &Watched, out: &mut (dyn Write + Send)) -> Re
     if let Some(storm) = &watched.storm {
         writeln!(
             out,
-            "  storm {}\n  {} blocks in {} batches ({:.0} blocks/s), {} bursts\n  \
+            "  storm {}\n  {} blocks in {} batches ({:.0} blocks/s), {} bursts, {} not drained\n  \
              backlog at most {} batches, {:.1} ms; {} batches lost; {} gaps, {} replays",
             storm.options,
             storm.blocks,
             storm.batches,
             storm.blocks_per_s,
             storm.bursts,
+            storm.undrained,
             storm.backlog_max_batches,
             storm.backlog_max_ms,
             storm.lost_batches,
@@ -142,6 +146,9 @@ fn write(condition: &str, watched: &Watched, out: &mut (dyn Write + Send)) -> Re
             writeln!(out, "  indexer {ns:.0} ns of CPU per block, probes included")?;
         }
         writeln!(out, "  wrong pods: {}", storm.wrong_pods.len())?;
+    }
+    for warning in &watched.warnings {
+        writeln!(out, "  warning: {warning}")?;
     }
     Ok(())
 }

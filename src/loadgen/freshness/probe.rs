@@ -27,20 +27,18 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use super::{
-    Board, Client, PATIENCE, PROBE_TIMEOUT, PodHandle, WatchOptions, Watched, confirmed_depth,
+    Board, CALL, Client, PROBE_TIMEOUT, PodHandle, WatchOptions, Watched, call, confirmed_depth,
     delay::{Delay, DelayProxy},
-    followed, micros, percentiles, prompt,
+    micros, percentiles,
+    picks::Picked,
+    prompt,
+    publisher::{Publisher, Sent, removed, stored},
     steps::Steps,
     storm::cache::mix,
 };
 use crate::{
-    loadgen::{
-        recording::Batch,
-        replay::{PublisherOptions, sockets::Sockets},
-    },
     proto::kvindexer::{ScoreRequest, ScoreResponse},
-    support::clock::unix_ns,
-    wire::encode::{self, BlockRemoved, BlockStored, Event, Form, Hash, Tokens},
+    wire::encode::Event,
 };
 
 /// Probes that are out at a time; beyond that none is published.
@@ -64,9 +62,9 @@ impl Poller {
         let (asks, requests) = mpsc::channel(1);
         // To a minute.
         let gaps = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
-        let answers =
-            client.score_stream(ReceiverStream::new(requests)).await.context("ScoreStream")?;
-        Ok(Self { asks, answers: answers.into_inner(), last: None, gaps })
+        let answers = client.score_stream(ReceiverStream::new(requests));
+        let answers = call("ScoreStream", answers).await?;
+        Ok(Self { asks, answers, last: None, gaps })
     }
 
     /// Asks. `fresh` = there was nothing to look for before.
@@ -102,9 +100,7 @@ struct Probe {
     tokens: Vec<u32>,
     hash: u64,
     store: bool,
-    sequence: u64,
-    sent: Instant,
-    sent_unix_ns: u64,
+    sent: Sent,
     /// A burst was not drained then.
     in_burst: bool,
     /// Bursts that had begun then.
@@ -114,16 +110,14 @@ struct Probe {
 /// A probe that became visible, for the comparison.
 #[derive(Debug)]
 struct Check {
-    sequence: u64,
-    sent_unix_ns: u64,
+    sent: Sent,
     ours_us: f64,
 }
 
 /// Publishes probes and looks for them.
 pub(super) struct Probes {
-    pod: PodHandle,
-    sockets: Sockets<Arc<Batch>>,
-    // Between the sockets and the indexer.
+    publisher: Publisher,
+    // Between its sockets and the indexer.
     _proxy: Option<DelayProxy>,
     client: Client,
     poller: Poller,
@@ -134,7 +128,6 @@ pub(super) struct Probes {
     block_size: usize,
     random: fastrand::Rng,
     salt: u64,
-    sequence: u64,
     made: u64,
     /// Published and not seen yet.
     out: Vec<Probe>,
@@ -150,49 +143,42 @@ pub(super) struct Probes {
 }
 
 impl Probes {
-    /// Binds and registers the pod, and waits until its first message is applied.
+    /// Binds and registers the pod, and waits until the indexer follows it.
     pub(super) async fn start(
         options: &WatchOptions,
-        mut pod: PodHandle,
+        pod: PodHandle,
         at: &str,
         (mut client, block_size): (Client, usize),
         (origin, board): (Instant, Arc<Board>),
         pods: &mut Vec<PodHandle>,
     ) -> anyhow::Result<Self> {
-        let publisher =
-            PublisherOptions { replay: Some(at.to_owned()), ..PublisherOptions::default() };
-        let mut sockets = Sockets::bind(at, publisher, Duration::ZERO)?;
-        pod.endpoint = sockets.endpoint().to_owned();
-        pod.replay = sockets.replay_endpoint().unwrap_or_default().to_owned();
-        let mut proxy = None;
+        let mut publisher = Publisher::bind(pod, at)?;
+        let (mut proxy, mut condition) = (None, options.condition.clone());
         if options.delayed {
-            let target = pod.endpoint.trim_start_matches("tcp://").parse()?;
+            let target = publisher.pod.endpoint.trim_start_matches("tcp://").parse()?;
             let new =
                 DelayProxy::start(std::net::SocketAddr::ip(&target), target, Delay::default())
                     .context("the delaying proxy cannot be started")?;
-            pod.endpoint = format!("tcp://{}", new.address());
+            publisher.pod.endpoint = format!("tcp://{}", new.address());
             proxy = Some(new);
+            condition = "delayed".to_owned();
         }
-        pods.push(pod.clone());
-        pod.register(&mut client).await?;
-        followed(&pod, || Ok(sockets.has_subscriber(None)?)).await?;
+        publisher.start(&mut client, pods).await?;
         let poller = Poller::open(&mut client).await?;
         let per_s = options.probes_per_s.clamp(0.1, 5_000.0);
-        let mut probes = Self {
-            pod,
-            sockets,
+        Ok(Self {
+            publisher,
             _proxy: proxy,
             client,
             poller,
             board,
             origin,
-            condition: options.condition.clone(),
+            condition,
             // Stores and removes.
             gap: Duration::from_secs_f64(0.5 / per_s),
             block_size,
             random: fastrand::Rng::with_seed(1),
             salt: fastrand::u64(..),
-            sequence: 0,
             made: 0,
             out: Vec::new(),
             resident: VecDeque::new(),
@@ -202,37 +188,25 @@ impl Probes {
             theirs: Vec::new(),
             differences: Vec::new(),
             lost: 0,
-        };
-        if options.delayed {
-            probes.condition = "delayed".to_owned();
-        }
-        probes.first().await?;
-        Ok(probes)
+        })
     }
 
-    /// Publishes a probe that does not count, and waits for it: the stream is up after that.
-    async fn first(&mut self) -> anyhow::Result<()> {
-        self.store()?;
-        self.out.clear();
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let answer = self.pod.wait(&mut self.client, 0).await.context("WaitVisible")?;
-            if answer.reached {
-                return Ok(());
-            }
-            if Instant::now() >= deadline {
-                bail!("the indexer does not apply what {} publishes", self.pod.name);
-            }
-        }
-    }
-
-    /// Runs until `stop`, and until what is out then is seen or lost.
+    /// Runs until `stop`, and until what is out then is seen or lost. What is out when the indexer does not
+    /// answer is lost.
     pub(super) async fn run(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let outcome = self.probe(stop).await;
+        self.lost += self.out.len() as u64;
+        outcome
+    }
+
+    async fn probe(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
         let mut next = tokio::time::Instant::now();
         let mut asked: Option<Vec<u64>> = None;
+        let mut give_up = next;
         loop {
             if asked.is_none() && !self.out.is_empty() {
                 asked = Some(self.ask(true)?);
+                give_up = tokio::time::Instant::now() + PROBE_TIMEOUT;
             }
             if asked.is_none() {
                 self.compare().await?;
@@ -249,6 +223,7 @@ impl Probes {
                     self.look(&asked.take().unwrap_or_default(), &answer, now);
                     if !self.out.is_empty() {
                         asked = Some(self.ask(false)?);
+                        give_up = tokio::time::Instant::now() + PROBE_TIMEOUT;
                     }
                 }
                 () = tokio::time::sleep_until(next), if !stopping => {
@@ -263,7 +238,7 @@ impl Probes {
                     }
                 }
                 // An answer that does not come must not keep probes from being lost.
-                () = tokio::time::sleep(PROBE_TIMEOUT), if asked.is_some() => {
+                () = tokio::time::sleep_until(give_up), if asked.is_some() => {
                     bail!("the indexer does not answer ScoreStream within {PROBE_TIMEOUT:?}");
                 }
             }
@@ -273,8 +248,8 @@ impl Probes {
     /// Asks for all that is out; their sequences.
     fn ask(&mut self, fresh: bool) -> anyhow::Result<Vec<u64>> {
         let prompts = self.out.iter().map(|probe| prompt(&probe.tokens)).collect();
-        self.poller.ask(self.pod.score(prompts), fresh)?;
-        Ok(self.out.iter().map(|probe| probe.sequence).collect())
+        self.poller.ask(self.publisher.pod.score(prompts), fresh)?;
+        Ok(self.out.iter().map(|probe| probe.sent.sequence).collect())
     }
 
     fn store(&mut self) -> anyhow::Result<()> {
@@ -283,23 +258,11 @@ impl Probes {
         let tokens: Vec<u32> = (0..self.block_size as u64)
             .map(|at| (mix(hash.wrapping_add(at)) % 100_000) as u32)
             .collect();
-        let event = Event::BlockStored(BlockStored {
-            block_hashes: vec![Hash::Unsigned(hash)],
-            token_ids: Tokens::Plain(tokens.clone()),
-            block_size: self.block_size as i64,
-            medium: Some("GPU".to_owned()),
-            ..BlockStored::default()
-        });
-        self.publish(event, tokens, hash, true)
+        self.publish(stored(&[hash], &tokens), tokens, hash, true)
     }
 
     fn remove(&mut self, probe: Probe) -> anyhow::Result<()> {
-        let event = Event::BlockRemoved(BlockRemoved {
-            block_hashes: vec![Hash::Unsigned(probe.hash)],
-            medium: Some("GPU".to_owned()),
-            ..BlockRemoved::default()
-        });
-        self.publish(event, probe.tokens, probe.hash, false)
+        self.publish(removed(&[probe.hash]), probe.tokens, probe.hash, false)
     }
 
     fn publish(
@@ -309,25 +272,17 @@ impl Probes {
         hash: u64,
         store: bool,
     ) -> anyhow::Result<()> {
-        let sequence = self.sequence;
-        self.sequence += 1;
-        let batch =
-            encode::Batch { timestamp: unix_ns() as f64 / 1e9, events: vec![event], rank: Some(0) };
-        let payload = batch.encode(Form::Map)?;
-        let batch = Batch { topic: self.pod.topic(), sequence, payload, ..Batch::default() };
-        let batch = Arc::new(batch);
         let (bursts, in_burst) = self.board.bursts();
-        let sent = Instant::now();
-        let sent_unix_ns = self.sockets.send(batch, true)?;
-        let probe = Probe { tokens, hash, store, sequence, sent, sent_unix_ns, in_burst, bursts };
-        self.out.push(probe);
+        let sent = self.publisher.publish(vec![event])?;
+        self.out.push(Probe { tokens, hash, store, sent, in_burst, bursts });
         Ok(())
     }
 
     /// Takes from what is out what the answer shows, and what is lost.
     fn look(&mut self, asked: &[u64], answer: &ScoreResponse, now: Instant) {
         for (sequence, scores) in asked.iter().zip(&answer.prompts) {
-            let Some(at) = self.out.iter().position(|probe| probe.sequence == *sequence) else {
+            let Some(at) = self.out.iter().position(|probe| probe.sent.sequence == *sequence)
+            else {
                 continue;
             };
             if self.out[at].store == (confirmed_depth(scores) > 0) {
@@ -336,12 +291,12 @@ impl Probes {
             }
         }
         let before = self.out.len();
-        self.out.retain(|probe| now.saturating_duration_since(probe.sent) < PROBE_TIMEOUT);
+        self.out.retain(|probe| now.saturating_duration_since(probe.sent.at) < PROBE_TIMEOUT);
         self.lost += (before - self.out.len()) as u64;
     }
 
     fn note(&mut self, probe: Probe, now: Instant) {
-        let us = micros(now.saturating_duration_since(probe.sent));
+        let us = micros(now.saturating_duration_since(probe.sent.at));
         let overtaken = probe.in_burst || self.board.bursts().0 > probe.bursts;
         let condition = if overtaken { "burst".to_owned() } else { self.condition.clone() };
         let kind = if probe.store { "store" } else { "remove" };
@@ -350,8 +305,7 @@ impl Probes {
             self.series.push([(now - self.origin).as_secs_f64(), us]);
         }
         if self.checks.len() < MOST_CHECKS {
-            let Probe { sequence, sent_unix_ns, .. } = probe;
-            self.checks.push_back(Check { sequence, sent_unix_ns, ours_us: us });
+            self.checks.push_back(Check { sent: probe.sent, ours_us: us });
         }
         if probe.store {
             self.resident.push_back(probe);
@@ -361,10 +315,12 @@ impl Probes {
     /// Asks the indexer when it made visible what we saw; only while nothing is out.
     async fn compare(&mut self) -> anyhow::Result<()> {
         while let Some(check) = self.checks.pop_front() {
-            let answer = self.pod.wait(&mut self.client, check.sequence).await?;
+            let until = Instant::now() + CALL;
+            let pod = &self.publisher.pod;
+            let answer = pod.wait(&mut self.client, check.sent.sequence, until).await?;
             if answer.visible_unix_ns > 0 && self.theirs.len() < MOST_SAMPLES {
                 // A clock that was set back meanwhile gives a negative one.
-                let ns = answer.visible_unix_ns as i64 - check.sent_unix_ns as i64;
+                let ns = answer.visible_unix_ns as i64 - check.sent.unix_ns as i64;
                 let theirs = ns as f64 / 1e3;
                 self.theirs.push(theirs);
                 self.differences.push(check.ours_us - theirs);
@@ -374,7 +330,7 @@ impl Probes {
     }
 
     /// Writes down what was measured.
-    pub(super) fn report(self, steps: Steps, watched: &mut Watched) {
+    pub(super) fn report(self, steps: Steps, picks: Picked, watched: &mut Watched) {
         let all = percentiles(self.samples.iter().map(|(_, _, us)| *us));
         let freshness = &mut watched.freshness;
         (freshness.p50, freshness.p95) = (all.p50, all.p95);
@@ -387,9 +343,14 @@ impl Probes {
         if !steps.us.is_empty() {
             kinds.insert(format!("engine_step.{}", self.condition), steps.us);
         }
-        freshness.lost += steps.lost;
+        for (condition, us) in picks.samples {
+            kinds.entry(format!("endpoint_picker.{condition}")).or_default().push(us);
+        }
+        freshness.lost += steps.lost + picks.lost;
         freshness.kinds =
             kinds.into_iter().map(|(kind, values)| (kind, percentiles(values))).collect();
+        freshness.routed_elsewhere = picks.elsewhere;
+        freshness.pick_resolution_us = picks.resolution_us;
         freshness.resolution_us = self.poller.resolution_us();
         freshness.wait_visible = (!self.theirs.is_empty()).then(|| percentiles(self.theirs));
         freshness.difference =

@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Client, PROBE_TIMEOUT, PodHandle, WatchOptions, block_size, confirmed_depth, prompt};
+use super::{Client, PROBE_TIMEOUT, PodHandle, block_size, call, confirmed_depth, prompt};
 use crate::{
     loadgen::stack::EngineAddress,
     support::clock::unix_ns,
@@ -51,22 +51,21 @@ struct Step {
 
 /// Follows the engines until `stop`.
 pub(super) async fn watch(
-    options: &WatchOptions,
+    mut listener: Listener,
     mut client: Client,
-    stop: CancellationToken,
-) -> anyhow::Result<Steps> {
-    let mut steps = Steps::default();
-    if options.engines.is_empty() {
-        return Ok(steps);
+    stop: &CancellationToken,
+    steps: &mut Steps,
+) -> anyhow::Result<()> {
+    if listener.engines.is_empty() {
+        return Ok(());
     }
     // One that cannot be looked for now is passed over.
     let (found, mut samples) = mpsc::channel(1);
-    let engines = options.engines.clone();
     let own = stop.clone();
     let (done, listened) = tokio::sync::oneshot::channel();
     thread::Builder::new().name("engine-steps".to_owned()).spawn(move || {
         // Nobody waits for it if something else failed.
-        drop(done.send(listen(&engines, &found, &own)));
+        drop(done.send(listener.listen(&found, &own)));
     })?;
     let mut sizes = HashMap::new();
     while let Some(step) = samples.recv().await {
@@ -86,7 +85,7 @@ pub(super) async fn watch(
         let request = pod.score(vec![prompt(&step.tokens)]);
         let began = Instant::now();
         loop {
-            let answer = client.score(request.clone()).await.context("Score")?.into_inner();
+            let answer = call("Score", client.score(request.clone())).await?;
             let now = unix_ns();
             if answer.prompts.first().is_some_and(|scores| confirmed_depth(scores) >= depth) {
                 steps.us.push(now as f64 / 1e3 - step.timestamp * 1e6);
@@ -99,48 +98,65 @@ pub(super) async fn watch(
         }
     }
     listened.await.context("the thread that listens to engines ended")??;
-    Ok(steps)
+    Ok(())
 }
 
-/// Reads the engines' events and hands over samples.
-fn listen(
-    engines: &[EngineAddress],
-    found: &mpsc::Sender<Step>,
-    stop: &CancellationToken,
-) -> anyhow::Result<()> {
-    let context = zmq::Context::new();
-    let mut sockets = Vec::new();
-    for engine in engines {
-        let socket = context.socket(zmq::SUB)?;
-        socket.set_linger(0)?;
-        socket.set_subscribe(b"")?;
-        socket
-            .connect(&engine.events)
-            .with_context(|| format!("events of {} at {:?}", engine.name, engine.events))?;
-        sockets.push(socket);
+/// A subscriber of engines.
+pub(super) struct Listener {
+    engines: Vec<(String, zmq::Socket, Prompts)>,
+}
+
+impl Listener {
+    /// Subscribes to all that they publish from now on.
+    ///
+    /// # Errors
+    ///
+    /// An address that cannot be one.
+    pub(super) fn connect(engines: &[EngineAddress]) -> anyhow::Result<Self> {
+        let context = zmq::Context::new();
+        let connect = |engine: &EngineAddress| {
+            let socket = context.socket(zmq::SUB)?;
+            socket.set_linger(0)?;
+            socket.set_subscribe(b"")?;
+            socket
+                .connect(&engine.events)
+                .with_context(|| format!("events of {} at {:?}", engine.name, engine.events))?;
+            Ok((engine.name.clone(), socket, Prompts::default()))
+        };
+        Ok(Self { engines: engines.iter().map(connect).collect::<anyhow::Result<_>>()? })
     }
-    let mut prompts = vec![Prompts::default(); engines.len()];
-    let mut next = Instant::now();
-    while !stop.is_cancelled() {
-        let mut items: Vec<_> =
-            sockets.iter().map(|socket| socket.as_poll_item(zmq::POLLIN)).collect();
-        match zmq::poll(&mut items, POLL_MS) {
-            Ok(_) | Err(zmq::Error::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        for ((engine, socket), prompts) in engines.iter().zip(&sockets).zip(&mut prompts) {
-            while let Ok(frames) = socket.recv_multipart(zmq::DONTWAIT) {
-                let Some((model, timestamp, tokens)) = prompts.read(&frames) else { continue };
-                if Instant::now() >= next {
-                    let step = Step { pod: engine.name.clone(), model, tokens, timestamp };
-                    if found.try_send(step).is_ok() {
-                        next = Instant::now() + EVERY;
+
+    /// Reads the engines' events and hands over samples.
+    fn listen(
+        &mut self,
+        found: &mpsc::Sender<Step>,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<()> {
+        let mut next = Instant::now();
+        while !stop.is_cancelled() {
+            let mut items: Vec<_> = self
+                .engines
+                .iter()
+                .map(|(_, socket, _)| socket.as_poll_item(zmq::POLLIN))
+                .collect();
+            match zmq::poll(&mut items, POLL_MS) {
+                Ok(_) | Err(zmq::Error::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            for (name, socket, prompts) in &mut self.engines {
+                while let Ok(frames) = socket.recv_multipart(zmq::DONTWAIT) {
+                    let Some((model, timestamp, tokens)) = prompts.read(&frames) else { continue };
+                    if Instant::now() >= next {
+                        let step = Step { pod: name.clone(), model, tokens, timestamp };
+                        if found.try_send(step).is_ok() {
+                            next = Instant::now() + EVERY;
+                        }
                     }
                 }
             }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Prompts of one engine by the hash of their last block.

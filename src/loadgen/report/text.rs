@@ -19,7 +19,8 @@ Levels are concurrency or requests/s; repeats are taken together by their median
 TTFT is from the intended arrival to the first token, and counts unfinished requests with what they had waited;
 'sent p95' is the same from the send. ITL: all gaps between pieces of an answer. Hit: cached / prompt tokens.
 Off: mean |predicted - actual| tokens per request. Regret: tokens that the best pod held and the chosen one did not.
-Fresh: from publishing an event to the first score that shows it. Imbal: largest / mean share of a pod.
+Fresh: from publishing an event to the first score that shows it; endpoint_picker: to the first request routed by it,
+'elsewhere' if load decided. Imbal: largest / mean share of a pod.
 Knee: last level before P95 exceeds 3 times the first level's, or throughput falls, or stays where more was in flight.
 ~ marks percentiles with too few samples (p95 wants 200, p99 1000, p99.9 10000). '-' was not measured.";
 
@@ -73,6 +74,7 @@ fn scenario(name: &str, groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Res
     latencies(groups, out)?;
     knees(groups, out)?;
     index(groups, out)?;
+    visible(groups, out)?;
     costs(groups, out)?;
     bursts(groups, out)?;
     storms(groups, out)?;
@@ -207,6 +209,57 @@ fn index(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
             over(group, |of| of.imbalance),
             over(group, |of| Some(of.goodput.as_ref()?.share)),
         ]);
+    }
+    table.write(out)
+}
+
+/// Freshness by kind and condition: stores and removes, from the end of an engine's step, and through
+/// the endpoint picker.
+fn visible(groups: &[&[&Scenario]], out: &mut dyn Write) -> io::Result<()> {
+    let mut table = Table::new(&[
+        "fresh, us",
+        "level",
+        "kind",
+        "n",
+        "p50",
+        "p95",
+        "p99",
+        "max",
+        "between polls",
+        "elsewhere",
+    ]);
+    fn of<'a>(of: &'a Scenario, kind: &str) -> Option<&'a Percentiles> {
+        of.freshness_us.as_ref()?.kinds.get(kind)
+    }
+    for group in groups {
+        let measured = || group.iter().filter_map(|of| of.freshness_us.as_ref());
+        let kinds: BTreeSet<&String> = measured().flat_map(|it| it.kinds.keys()).collect();
+        for kind in kinds {
+            let picks = kind.starts_with("endpoint_picker.");
+            table.row(vec![
+                plain(&group[0].policy),
+                group[0].level.map_or("-".to_owned(), number),
+                plain(kind),
+                group.iter().filter_map(|it| Some(of(it, kind)?.n)).sum::<u64>().to_string(),
+                percentile(group, "p50", |it| of(it, kind)),
+                percentile(group, "p95", |it| of(it, kind)),
+                percentile(group, "p99", |it| of(it, kind)),
+                percentile(group, "max", |it| of(it, kind)),
+                over(group, |it| {
+                    let fresh = it.freshness_us.as_ref()?;
+                    match picks {
+                        true => fresh.pick_resolution_us,
+                        // Nobody polls regularly for steps.
+                        false if kind.starts_with("engine_step.") => None,
+                        false => fresh.resolution_us,
+                    }
+                }),
+                match picks {
+                    true => most(group, |it| Some(it.freshness_us.as_ref()?.routed_elsewhere)),
+                    false => "-".to_owned(),
+                },
+            ]);
+        }
     }
     table.write(out)
 }

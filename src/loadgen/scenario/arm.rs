@@ -391,6 +391,7 @@ impl Driver<'_> {
         if let Some(watched) = watched {
             scenario.freshness_us = Some(watched.freshness);
             scenario.storm = watched.storm;
+            doubts.extend(watched.warnings);
         }
         if let (Pacing::Closed { .. }, Some(duration)) = (level.pacing, level.duration)
             && spec.requests.is_none()
@@ -410,6 +411,12 @@ impl Driver<'_> {
     /// What the endpoint picker counts of its own predictions.
     async fn predictions(&self) -> Option<Predictions> {
         self.ground.stack.as_ref()?.scrape_predictions().await.ok().flatten()
+    }
+
+    /// Our endpoint picker, if it routes by the index.
+    fn picker_that_asks(&self) -> Option<SocketAddr> {
+        let precise = *self.arm.policy == Policy::Precise;
+        self.ground.stack.as_ref().filter(|_| precise)?.ext_proc()
     }
 
     fn policy_name(&self) -> String {
@@ -437,7 +444,9 @@ impl Driver<'_> {
             probes_per_s: self.common.probes_per_s,
             condition: if self.common.delayed { "delayed" } else { "steady" }.to_owned(),
             engines: self.ground.engines.clone(),
+            picker: self.picker_that_asks(),
             storm: spec.storm.clone(),
+            progress: Some(Arc::clone(self.progress)),
             delayed: self.common.delayed,
         };
         let (origin, stop) = (Instant::now(), CancellationToken::new());

@@ -163,26 +163,6 @@ fn an_interval_of_repeats_holds_their_median() {
     assert_eq!(bootstrap_median(&[], 1), None);
 }
 
-#[test]
-fn blocks_keep_what_comes_together() {
-    let mean = |values: &mut [f64]| values.iter().sum::<f64>() / values.len() as f64;
-    let mut random = fastrand::Rng::with_seed(3);
-    let base: Vec<f64> = (0..500).map(|_| 10.0 + random.f64()).collect();
-    let slower: Vec<f64> = base.iter().map(|value| value * 1.5).collect();
-    let ratio = block_bootstrap(&slower, &base, Versus::Ratio, 1, mean).unwrap();
-    assert!(ratio.iter().all(|end| (end - 1.5).abs() < 1e-9), "{ratio:?}: the pairs differ by 1.5");
-    let [low, high] = block_bootstrap(&slower, &base[..400], Versus::Difference, 1, mean).unwrap();
-    assert!(low < 5.25 && 5.25 < high && high - low < 0.5, "{low}..{high}");
-
-    // Runs of the same value: as single draws their mean would seem ten times as sure as it is.
-    let bursts: Vec<f64> = (0..500).map(|at| f64::from(at / 50 % 2)).collect();
-    let zero = vec![0.0; 499];
-    let [low, high] = block_bootstrap(&bursts, &zero, Versus::Difference, 1, mean).unwrap();
-    let single_draws = 2.0 * 1.96 * 0.5 / 500f64.sqrt();
-    assert!(high - low > 1.8 * single_draws, "{low}..{high}, single draws {single_draws}");
-    assert_eq!(block_bootstrap(&base[..19], &base, Versus::Ratio, 1, mean), None);
-}
-
 /// Published by llm-d for 73 % capacity: requests per second, tokens per second, P90 of the time to the
 /// first token in seconds; where a throughput was not given that of the neighbour stands.
 const PRECISE: [(f64, f64, f64); 8] = [

@@ -172,8 +172,10 @@ fn freshness(noise: f64) -> Freshness {
         max: Some(9_000.0),
         n: 32_000,
         lost: 0,
+        routed_elsewhere: 2,
         kinds,
         resolution_us: Some(60.0),
+        pick_resolution_us: Some(310.0),
         wait_visible: Some(percentiles(2_000, 160.0, 0.3)),
         difference: Some(percentiles(2_000, 45.0, 0.3)),
     }

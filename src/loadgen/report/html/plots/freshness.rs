@@ -83,7 +83,7 @@ pub(super) fn freshness(report: &Report, how: &str) -> String {
                     which: fn(&Freshness) -> &Option<Percentiles>| {
             or_dash(median(all.iter().filter_map(|f| of(which(f).as_ref()?)).collect()))
         };
-        let note = if all.iter().any(|f| f.wait_visible.is_some()) {
+        let mut note = if all.iter().any(|f| f.wait_visible.is_some()) {
             format!(
                 "µs: WaitVisible P50 {}, P99 {}; ours − WaitVisible: P50 {}, P99 {}",
                 over(|p| p.p50, |f| &f.wait_visible),
@@ -94,6 +94,16 @@ pub(super) fn freshness(report: &Report, how: &str) -> String {
         } else {
             String::new()
         };
+        let resolution = median(all.iter().filter_map(|f| f.pick_resolution_us).collect());
+        if let Some(resolution) = resolution {
+            let elsewhere: u64 = all.iter().map(|f| f.routed_elsewhere).sum();
+            let and = if note.is_empty() { "µs: " } else { "; " };
+            note += and;
+            note += &format!("between picks {}", or_dash(Some(resolution)));
+            if elsewhere > 0 {
+                note += &format!("; {elsewhere} times load decided");
+            }
+        }
         panels.push(Panel {
             title: name.to_owned(),
             note,
@@ -112,7 +122,8 @@ pub(super) fn freshness(report: &Report, how: &str) -> String {
         &format!(
             "Time from publishing an event to the first score that shows it, as an outside client sees \
              it: <code>store</code> and <code>remove</code>; <code>engine_step</code> from the end of an \
-             engine’s step; <code>endpoint_picker</code> until the endpoint picker routes by it; each \
+             engine’s step; <code>endpoint_picker</code> \
+             from publishing until the endpoint picker routes by it; each \
              under its condition. Medians of the repeats, the largest of all. <code>WaitVisible</code> is what the \
              indexer itself says of the same events. {how}"
         ),
