@@ -11,7 +11,7 @@ mod common;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kv_indexer::{
-    index::{BlockIndex, IndexConfig, dash::DashIndex},
+    index::{BlockIndex, IndexConfig, runs::RunIndex},
     model::EngineKey,
 };
 use std::hint::black_box;
@@ -20,7 +20,7 @@ fn lookup(c: &mut Criterion) {
     let mut group = c.benchmark_group("index/lookup");
     for blocks in [128, 512, 4096] {
         for pods in [8, 64, 256] {
-            let index = DashIndex::new(IndexConfig::default());
+            let index = RunIndex::new(IndexConfig::default());
             let tokens = common::shared_prompt(&index, pods, blocks);
             let keys = common::keys(&tokens);
             let mut out = Vec::new();
@@ -58,7 +58,7 @@ fn write(c: &mut Criterion) {
     group.bench_function("store", |b| {
         b.iter_batched(
             || {
-                let index = DashIndex::new(IndexConfig::default());
+                let index = RunIndex::new(IndexConfig::default());
                 let slot = index.register(common::spec()).expect("an empty index");
                 (index, slot)
             },
@@ -74,7 +74,7 @@ fn write(c: &mut Criterion) {
     group.bench_function("remove", |b| {
         b.iter_batched(
             || {
-                let index = DashIndex::new(IndexConfig::default());
+                let index = RunIndex::new(IndexConfig::default());
                 let slot = index.register(common::spec()).expect("an empty index");
                 for (keys, tokens) in &prompts {
                     common::store(&index, slot, keys, None, tokens);

@@ -15,7 +15,7 @@ use std::{sync::Arc, time::Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kv_indexer::{
-    index::{IndexConfig, dash::DashIndex},
+    index::{IndexConfig, runs::RunIndex},
     ingest::{IngestConfig, bench::Lane},
     wire::encode::Form,
 };
@@ -35,7 +35,7 @@ fn ingest(c: &mut Criterion) {
                 b.iter_custom(|rounds| {
                     let mut spent = std::time::Duration::ZERO;
                     for _ in 0..rounds {
-                        let index = Arc::new(DashIndex::new(IndexConfig::default()));
+                        let index = Arc::new(RunIndex::new(IndexConfig::default()));
                         let mut lane = Lane::new(index, &IngestConfig::default());
                         for (sequence, payload) in stream[..warm].iter().enumerate() {
                             lane.batch(sequence as u64, payload);

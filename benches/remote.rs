@@ -23,7 +23,7 @@ use kv_indexer::{
             remote::{RemoteConfig, connect},
         },
     },
-    index::{IndexConfig, dash::DashIndex},
+    index::{IndexConfig, runs::RunIndex},
     indexer::{
         ApiConfig,
         metrics::ScoreMetrics,
@@ -64,7 +64,7 @@ fn threads(name: &str) -> Runtime {
 /// Serves an index in which all pods hold one prompt; returns where, and the prompt.
 fn service(runtime: &Runtime) -> (String, Vec<u32>) {
     let tiers = Arc::new(TierTable::default());
-    let index = DashIndex::new(IndexConfig { tiers: Arc::clone(&tiers), ..IndexConfig::default() });
+    let index = RunIndex::new(IndexConfig { tiers: Arc::clone(&tiers), ..IndexConfig::default() });
     let fleet = Arc::new(Fleet::new(Arc::new(index)));
     let tokens = common::Random(7).tokens(BLOCKS * common::BLOCK);
     for pod in 0..PODS {

@@ -10,13 +10,13 @@
 mod common;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use kv_indexer::index::{BlockIndex, IndexConfig, dash::DashIndex};
+use kv_indexer::index::{BlockIndex, IndexConfig, runs::RunIndex};
 use std::hint::black_box;
 
 fn score(c: &mut Criterion) {
     let mut group = c.benchmark_group("score/tokens_to_rows");
     for pods in [8, 64, 256] {
-        let index = DashIndex::new(IndexConfig::default());
+        let index = RunIndex::new(IndexConfig::default());
         let tokens = common::shared_prompt(&index, pods, 512);
         let mut out = Vec::new();
         for (name, tiers) in [("depths", false), ("tiers", true)] {

@@ -22,13 +22,14 @@
 //! wait at most for one shard of the map. Each block's membership is read at some instant during
 //! the call, so an answer is exact for every pod to which nothing was applied meanwhile.
 
-pub mod dash;
 mod joints;
+mod keymap;
 mod ledger;
-mod lookup;
+mod marks;
 pub mod naive;
 mod orphans;
 mod place;
+pub mod runs;
 mod slots;
 
 use std::{sync::Arc, time::Instant};
@@ -252,8 +253,8 @@ pub trait BlockIndex: Send + Sync + std::fmt::Debug {
     /// Cost: one probe per block up to the deepest match; all of `keys` while there is a row of
     /// window groups only, which can hold again behind a hole.
     fn lookup(&self, keys: &[RequestKey], tiers: bool, out: &mut Vec<Match>);
-    /// The rows that hold `key` in any group and tier, events only.
-    fn holders(&self, key: RequestKey) -> Vec<PodSlot>;
+    /// The rows that hold `keys[block]` in any group and tier, events only, in slot order.
+    fn holders(&self, keys: &[RequestKey], block: usize) -> Vec<PodSlot>;
     /// Sequence of the batch that last removed `key` from the row, if it is among the last 4 096.
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64>;
     /// How much the row holds.

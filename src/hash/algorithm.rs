@@ -180,6 +180,28 @@ impl Scheme {
     }
 }
 
+impl Scheme {
+    /// The keys of all full blocks of `tokens` behind `parent`, without extras.
+    #[must_use]
+    pub fn chain(&self, parent: RequestKey, tokens: &[u32]) -> Vec<RequestKey> {
+        let blocks = tokens.chunks_exact(self.block_size as usize);
+        let mut key = parent;
+        if self.algorithm == Algorithm::Xxh3 && cfg!(target_endian = "little") {
+            let next = |tokens: &[u32]| {
+                key = RequestKey(xxh3::xxh3_64_with_seed(bytemuck::cast_slice(tokens), key.0));
+                key
+            };
+            return blocks.map(next).collect();
+        }
+        let mut scratch = Vec::new();
+        let next = |tokens: &[u32]| {
+            key = self.next(key, tokens, &[], &mut scratch);
+            key
+        };
+        blocks.map(next).collect()
+    }
+}
+
 fn push_sized(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
     out.extend_from_slice(bytes);

@@ -83,6 +83,9 @@ impl Prompt<'_> {
         let (spans, hashes) = self.spans(block_size)?;
         let mut spans = spans.into_iter().peekable();
         let mut key = scheme.root(self.model, self.lora);
+        if hashes.is_empty() && self.cache_salt.is_empty() {
+            return Ok(scheme.chain(key, self.tokens));
+        }
         let mut scratch = Vec::new();
         let mut extras: Vec<&[u8]> = Vec::new();
         // The items over the current block, by start.

@@ -26,6 +26,8 @@ use crate::{
 pub(crate) enum Change {
     Set(RequestKey, Part, u8),
     Unset(RequestKey, Part, u8),
+    /// The joint is gone.
+    Drop(RequestKey),
 }
 
 /// How often an engine block is held in which tier; empty when it is not.
@@ -74,8 +76,9 @@ impl Joints {
         }
     }
 
-    /// Records of which prefixes a request block is made.
-    pub(crate) fn join(&mut self, Completed { key, begin, ends }: Completed) {
+    /// Records of which prefixes a request block is made; returns whether it is a new joint.
+    pub(crate) fn join(&mut self, Completed { key, begin, ends }: Completed) -> bool {
+        let known = self.joints.len();
         let joint = self.joints.entry(key).or_insert_with(|| Joint {
             begin,
             ends: Ends::new(),
@@ -90,18 +93,12 @@ impl Joints {
                 }
             }
         }
+        self.joints.len() > known
     }
 
     /// Is the request block held in any part?
     pub(crate) fn is_held(&self, key: RequestKey) -> bool {
         self.joints.get(&key).is_some_and(|joint| !joint.facts.is_empty())
-    }
-
-    /// Everything that is set.
-    pub(crate) fn facts(&self) -> impl Iterator<Item = (RequestKey, Part, u8)> + '_ {
-        self.joints
-            .iter()
-            .flat_map(|(key, joint)| joint.facts.iter().map(|&(part, tag)| (*key, part, tag)))
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -141,6 +138,7 @@ impl Joints {
             changes.extend(gone.map(|&(part, tag)| Change::Unset(key, part, tag)));
             if !needed {
                 self.drop_joint(key);
+                changes.push(Change::Drop(key));
             } else if let Some(joint) = self.joints.get_mut(&key) {
                 joint.facts = facts;
             }

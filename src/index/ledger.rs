@@ -1,20 +1,32 @@
 //! One row's book-keeping: which engine keys are held how often, and which request blocks follow.
 //!
-//! The ledger is owned by one writer. It turns events into *holdings*, single facts of the form
-//! "this row holds this request block in this part and tier", and writes only the changes into
-//! the shared map behind [`Holdings`].
+//! The ledger is owned by one writer. It turns events into lines of runs: which request blocks
+//! the row holds, by part and tier.
 //!
 //! # Parts
 //!
 //! Each attention group of the row has a *part*, a small number. Part 0 is its first
 //! full-attention group, so that a row without hybrid attention lives in part 0 alone.
 //!
+//! # Plain and other entries
+//!
+//! Nearly every engine key of nearly every row is *plain*: in part 0, exactly one request block,
+//! and the only key of this row there. Of it the ledger keeps no more than where its block lies:
+//! the tiers in which it is held are the row's lines in the run, the copies beyond the first are
+//! in a map of their own. Everything else is an *entry* with its counts and its place.
+//!
 //! A request block that lies inside one engine block is held while that engine block is; one that
 //! several engine blocks make up is a matter of [`joints`](super::joints).
+//!
+//! # Invariants
+//!
+//! * A plain key is its block's only key: before another key of the row makes facts of the same
+//!   block, the plain one becomes an entry.
+//! * What an entry or a joint names lies where it lies, held or not: *spots* pin it, counted.
 
 use std::{
     collections::{HashMap, VecDeque, hash_map},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use smallvec::SmallVec;
@@ -23,11 +35,14 @@ use crate::{
     index::{
         IndexConfig, PodSpec, PodUsage, Remove, Store, StoreOutcome,
         joints::{Change, Joints},
+        keymap::KeyMap,
+        marks::Marks,
         orphans::{Orphan, Orphans},
-        place::{Completed, Cursor, Place, PrefixId},
+        place::{Completed, Cursor, Laid, Place, PrefixId},
+        runs::{Block, Line, LineId, Locked, PIN, Path, RunId, Runs, Seat, Segment, Snapshot},
         slots::KeyHash,
     },
-    model::{CountMode, EngineKey, GroupKind, RequestKey, TierId, TierTable},
+    model::{CountMode, EngineKey, GroupKind, PodSlot, RequestKey, TierId, TierTable},
 };
 
 /// Dense number of an attention group within a row.
@@ -44,16 +59,12 @@ const REMOVED_HISTORY: usize = 4096;
 /// Engine block sizes remembered.
 const MAX_BLOCK_SIZES: usize = 8;
 
-/// The shared map as one row sees it.
-pub(crate) trait Holdings {
-    /// Sets one fact; returns whether it was set before.
-    fn set(&self, key: RequestKey, part: Part, tag: u8) -> bool;
-    /// Unsets one fact.
-    fn unset(&self, key: RequestKey, part: Part, tag: u8);
-    /// Are there speculative marks at all?
-    fn any_marks(&self) -> bool;
-    /// A store was announced for a held block: ends the speculative marks on it.
-    fn confirm(&self, key: RequestKey);
+/// What the ledgers of all rows share.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shared<'a> {
+    pub(crate) runs: &'a Runs,
+    pub(crate) marks: &'a Marks,
+    pub(crate) slot: PodSlot,
 }
 
 /// An attention group and what it asks.
@@ -74,6 +85,21 @@ struct Entry {
     place: Option<Place>,
 }
 
+/// A request block that must stay where it is.
+#[derive(Debug)]
+struct Spot {
+    block: Block,
+    users: u32,
+}
+
+/// Engine keys of a run that are not the ones beside its blocks; 0 where they are.
+#[derive(Debug)]
+struct Own {
+    base: Block,
+    keys: Vec<u64>,
+    used: u32,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Ledger {
@@ -81,7 +107,15 @@ pub(crate) struct Ledger {
     mode: CountMode,
     tiers: Arc<TierTable>,
     groups: SmallVec<[Group; 1]>,
+    seat: Seat,
+    plain: KeyMap,
+    own: HashMap<RunId, Own, KeyHash>,
+    /// Keys in there.
+    named: u64,
+    /// Copies of plain keys beyond the first, by block and tier.
+    more: HashMap<(Block, u8), u32, KeyHash>,
     entries: HashMap<EntryKey, Entry, KeyHash>,
+    spots: HashMap<RequestKey, Spot, KeyHash>,
     /// How often a fact is set beyond the first time.
     again: HashMap<(RequestKey, Part, u8), u32, KeyHash>,
     joints: Joints,
@@ -96,12 +130,34 @@ pub(crate) struct Ledger {
     scratch: Vec<u8>,
 }
 
+/// The engine keys beside the blocks, and the row's own ones.
+struct Names<'a> {
+    runs: &'a Runs,
+    snapshot: arc_swap::Guard<Arc<Snapshot>>,
+    own: &'a HashMap<RunId, Own, KeyHash>,
+}
+
+impl Names<'_> {
+    fn of(&self, block: Block) -> EngineKey {
+        if !self.own.is_empty()
+            && let Some(own) = self.own.get(&self.runs.owner(block))
+            && let Some(&key) = own.keys.get((block - own.base) as usize)
+            && key != 0
+        {
+            return EngineKey(key);
+        }
+        self.snapshot.engine_key(block).unwrap_or_else(|| self.runs.engine_key(block))
+    }
+}
+
 impl Ledger {
     /// Estimated bytes of one entry: key and value at hashbrown's usual load.
     pub(crate) const ENTRY_BYTES: u64 =
         ((size_of::<EntryKey>() + size_of::<Entry>() + 1) * 4 / 3) as u64;
+    /// Estimated bytes of a plain key: its slot, at the usual load.
+    pub(crate) const PLAIN_BYTES: u64 = ((size_of::<Block>() + 1) * 3 / 2) as u64;
 
-    pub(crate) fn new(spec: PodSpec, config: &IndexConfig) -> Self {
+    pub(crate) fn new(spec: PodSpec, config: &IndexConfig, seat: Seat) -> Self {
         let root = spec.scheme.root(&spec.model, "");
         Self {
             mode: spec.count_mode,
@@ -109,7 +165,13 @@ impl Ledger {
             spec,
             tiers: Arc::clone(&config.tiers),
             groups: SmallVec::new(),
+            seat,
+            plain: KeyMap::default(),
+            own: HashMap::default(),
+            named: 0,
+            more: HashMap::default(),
             entries: HashMap::default(),
+            spots: HashMap::default(),
             again: HashMap::default(),
             joints: Joints::default(),
             orphans: Orphans::new(config.orphan_blocks),
@@ -119,6 +181,40 @@ impl Ledger {
             repeated: 0,
             odd_bytes: 0,
             scratch: Vec::new(),
+        }
+    }
+
+    /// The ledger of the row's next life, on another seat: groups and names stay known.
+    pub(crate) fn reborn(&self, config: &IndexConfig, seat: Seat) -> Self {
+        Self {
+            mode: self.mode,
+            groups: self.groups.clone(),
+            roots: self.roots.clone(),
+            block_sizes: self.block_sizes.clone(),
+            ..Self::new(self.spec.clone(), config, seat)
+        }
+    }
+
+    pub(crate) fn seat(&self) -> Seat {
+        self.seat
+    }
+
+    /// Keys that name something.
+    pub(crate) fn len(&self) -> usize {
+        self.plain.len() + self.entries.len() + self.spots.len()
+    }
+
+    /// Takes everything that the row holds out of the runs. The ledger is of no use afterwards.
+    pub(crate) fn sweep(&self, runs: &Runs) {
+        let mut last = None;
+        let spots = self.spots.values().map(|spot| spot.block);
+        for block in self.plain.blocks().chain(spots) {
+            // Once a run is swept its blocks may have another owner, who does not know the seat.
+            let run = runs.owner(block);
+            if last != Some(run) {
+                runs.sweep(run, self.seat);
+                last = Some(run);
+            }
         }
     }
 
@@ -170,20 +266,55 @@ impl Ledger {
         full.into_iter().map(|(_, part)| part).collect()
     }
 
+    fn names<'a>(&'a self, out: Shared<'a>) -> Names<'a> {
+        Names { runs: out.runs, snapshot: out.runs.load(), own: &self.own }
+    }
+
+    fn find_plain(&self, key: EngineKey, out: Shared<'_>) -> Option<Block> {
+        let names = self.names(out);
+        self.plain.find(key, |block| names.of(block))
+    }
+
+    /// The plain key of a block.
+    fn plain_of(&self, block: Block, out: Shared<'_>) -> Option<EngineKey> {
+        let key = self.names(out).of(block);
+        (self.find_plain(key, out) == Some(block)).then_some(key)
+    }
+
+    /// Where a held key lies in one part.
+    fn place_in(&self, at: EntryKey, out: Shared<'_>) -> Option<Place> {
+        if let Some(entry) = self.entries.get(&at) {
+            return entry.place.clone();
+        }
+        let block = if at.1 == 0 { self.find_plain(at.0, out) } else { None };
+        block.map(|block| self.simple_place(block, out))
+    }
+
+    fn simple_place(&self, block: Block, out: Shared<'_>) -> Place {
+        let (key, number) = out.runs.describe(block);
+        Place::simple(key, block, number, self.spec.scheme.block_size())
+    }
+
     /// Where a held key lies: in the part itself, else in a full-attention part.
-    fn placed(&self, key: EngineKey, part: Part) -> Option<&Place> {
-        if let Some(place) = self.entries.get(&(key, part)).and_then(|entry| entry.place.as_ref()) {
+    fn placed(&self, key: EngineKey, part: Part, out: Shared<'_>) -> Option<Place> {
+        if let Some(place) = self.place_in((key, part), out) {
             return Some(place);
         }
         if self.groups.len() < 2 {
             return None;
         }
-        self.full_parts().iter().find_map(|&part| self.entries.get(&(key, part))?.place.as_ref())
+        self.full_parts().iter().find_map(|&part| self.place_in((key, part), out))
     }
 
     /// The end of a held parent, if `tokens` more still have numbers.
-    fn after(&self, parent: EngineKey, part: Part, tokens: usize) -> Option<Cursor> {
-        let cursor = self.placed(parent, part)?.cursor();
+    fn after(
+        &self,
+        parent: EngineKey,
+        part: Part,
+        tokens: usize,
+        out: Shared<'_>,
+    ) -> Option<Cursor> {
+        let cursor = self.placed(parent, part, out)?.cursor();
         // The request block that the last token falls into must have numbers to its end.
         let end = u32::try_from(tokens).ok()?.checked_add(cursor.position)?;
         end.checked_add(self.spec.scheme.block_size())?;
@@ -202,7 +333,7 @@ impl Ledger {
     }
 
     /// Applies a store; its group must have been [learnt](Self::learn).
-    pub(crate) fn store(&mut self, store: &Store<'_>, out: &impl Holdings) -> StoreOutcome {
+    pub(crate) fn store(&mut self, store: &Store<'_>, out: Shared<'_>) -> StoreOutcome {
         let mut outcome = StoreOutcome::default();
         let Some(group) = self.group(store.group).filter(|g| g.kind != GroupKind::Unsupported)
         else {
@@ -217,45 +348,28 @@ impl Ledger {
         let cursor = if !dense {
             None
         } else if let Some(parent) = store.parent {
-            self.after(parent, part, store.tokens.len())
+            self.after(parent, part, store.tokens.len(), out)
         } else {
             let root = self.root(store.lora.unwrap_or_default());
             Some(Cursor::root(root, store.salt))
         };
         let mut placed = Vec::new();
-        if let Some(mut cursor) = cursor {
+        if let Some(cursor) = cursor {
             if !self.block_sizes.contains(&store.block_size)
                 && self.block_sizes.len() < MAX_BLOCK_SIZES
             {
                 self.block_sizes.push(store.block_size);
             }
-            let scheme = Arc::clone(&self.spec.scheme);
-            let mut scratch = std::mem::take(&mut self.scratch);
-            for (at, (&key, tokens)) in
-                store.keys.iter().zip(store.tokens.chunks_exact(block_size)).enumerate()
-            {
-                let start = cursor.position;
-                let extras = store.extras.of(at);
-                let laid = cursor.advance(&scheme, tokens, extras, store.lora, &mut scratch);
-                let (place, joint) = Place::new(start, laid, &cursor);
-                if !self.insert_new((key, part), &place, store.tier, out) {
-                    self.bump((key, part), store.tier, out);
-                    if self.lay((key, part), place, joint, out) {
-                        outcome.conflicting += 1;
-                    }
-                }
-                self.lay_elsewhere(key, group, out);
-                if !self.orphans.is_empty() {
-                    placed.push(key);
-                }
+            outcome.conflicting = self.lay_all(store, group, cursor, out);
+            if !self.orphans.is_empty() {
+                placed.extend_from_slice(store.keys);
             }
-            self.scratch = scratch;
             outcome.placed = store.keys.len() as u32;
         } else {
             for &key in store.keys {
                 self.bump((key, part), store.tier, out);
                 if self.is_unplaced((key, part))
-                    && let Some(place) = self.placed(key, part).cloned()
+                    && let Some(place) = self.placed(key, part, out)
                 {
                     self.lay((key, part), place, None, out);
                     placed.push(key);
@@ -280,22 +394,24 @@ impl Ledger {
     }
 
     /// Gives orphans their place whose parents now have one. Returns how many blocks.
-    fn attach(&mut self, placed: &[EngineKey], out: &impl Holdings) -> u32 {
+    fn attach(&mut self, placed: &[EngineKey], out: Shared<'_>) -> u32 {
         let mut attached = 0;
         let scheme = Arc::clone(&self.spec.scheme);
         let mut scratch = Vec::new();
+        let mut transient = Vec::new();
         self.orphans.wake(placed);
         while let Some((id, parent, orphan)) = self.orphans.next_awake() {
-            let Some(mut cursor) = self.after(parent, orphan.part, orphan.tokens()) else {
+            let Some(mut cursor) = self.after(parent, orphan.part, orphan.tokens(), out) else {
                 self.orphans.back_to_sleep(id, parent, orphan);
                 continue;
             };
             let group = self.groups.iter().copied().find(|group| group.part == orphan.part);
             let mut newly = Vec::new();
             for (at, &key) in orphan.keys.iter().enumerate() {
-                let start = cursor.position;
+                let (start, before) = (cursor.position, cursor.at);
                 let laid = orphan.advance(at, &mut cursor, &scheme, &mut scratch);
                 // What was removed while it waited stays removed; the path goes on over it.
+                cursor.at = self.lay_down(before, &laid, cursor.position, &mut transient, out);
                 if self.is_unplaced((key, orphan.part)) {
                     let (place, joint) = Place::new(start, laid, &cursor);
                     self.lay((key, orphan.part), place, joint, out);
@@ -309,37 +425,374 @@ impl Ledger {
             attached += newly.len() as u32;
             self.orphans.wake(&newly);
         }
+        self.unpin_all(transient, out);
         attached
     }
 
-    /// The common case in one probe: a key that is new and is exactly one request block. Then
-    /// the rest of the store finds everything done.
-    fn insert_new(
+    /// Lays the blocks of a dense store behind `cursor`. Returns how many keys lay elsewhere.
+    fn lay_all(
+        &mut self,
+        store: &Store<'_>,
+        group: Group,
+        mut cursor: Cursor,
+        out: Shared<'_>,
+    ) -> u32 {
+        let scheme = Arc::clone(&self.spec.scheme);
+        let size = scheme.block_size();
+        let part = group.part;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let (mut done, mut conflicting) = (0, 0);
+        if part == 0 && store.block_size == size && cursor.tail.tokens.is_empty() {
+            let from = cursor.clone();
+            let tokens = store.tokens.chunks_exact(size as usize);
+            let content: Vec<RequestKey> = tokens
+                .enumerate()
+                .map(|(at, tokens)| {
+                    let extras = store.extras.of(at);
+                    cursor.advance_one(&scheme, tokens, extras, store.lora, &mut scratch)
+                })
+                .collect();
+            let path = Path {
+                after: from.at,
+                position: from.position / size,
+                keys: &content,
+                engine: Some(store.keys),
+            };
+            let last;
+            (done, last, conflicting) = self.store_plain(store.keys, &path, store.tier, group, out);
+            if done < store.keys.len() {
+                cursor = from;
+                if done > 0 {
+                    let position = cursor.position + done as u32 * size;
+                    cursor = Cursor { position, ..Cursor::root(content[done - 1], None) };
+                    cursor.at = last;
+                }
+            }
+        }
+        let tokens = store.tokens.chunks_exact(store.block_size as usize);
+        let mut transient = Vec::new();
+        for (at, (&key, tokens)) in store.keys.iter().zip(tokens).enumerate().skip(done) {
+            let (start, before) = (cursor.position, cursor.at);
+            let extras = store.extras.of(at);
+            let laid = cursor.advance(&scheme, tokens, extras, store.lora, &mut scratch);
+            cursor.at = self.lay_down(before, &laid, cursor.position, &mut transient, out);
+            let (place, joint) = Place::new(start, laid, &cursor);
+            conflicting += u32::from(self.store_one((key, part), place, joint, store.tier, out));
+            self.lay_elsewhere(key, group, out);
+        }
+        self.scratch = scratch;
+        self.unpin_all(transient, out);
+        conflicting
+    }
+
+    /// Makes sure that the request blocks of an engine block that ends at token `end` lie
+    /// somewhere, and pins them. Returns the last one's block.
+    fn lay_down(
+        &mut self,
+        mut after: Option<Block>,
+        laid: &Laid,
+        end: u32,
+        pinned: &mut Vec<RequestKey>,
+        out: Shared<'_>,
+    ) -> Option<Block> {
+        let count = laid.keys().count() as u32;
+        let first = end / self.spec.scheme.block_size() - count;
+        for (at, key) in laid.keys().enumerate() {
+            let block = if let Some(spot) = self.spots.get_mut(&key) {
+                spot.users += 1;
+                spot.block
+            } else {
+                let path = Path { after, position: first + at as u32, keys: &[key], engine: None };
+                let mut segments = SmallVec::new();
+                let id = LineId::new(self.seat, PIN, 0);
+                let pin = |run: &mut Locked<'_>, from, to| {
+                    let mut line = run.load(id);
+                    line.set(from, to);
+                    run.save(id, &line);
+                    true
+                };
+                out.runs.lay(&path, self.seat, pin, &mut segments);
+                let Some(segment) = segments.first() else { return after };
+                self.spots.insert(key, Spot { block: segment.first, users: 1 });
+                segment.first
+            };
+            pinned.push(key);
+            after = Some(block);
+        }
+        after
+    }
+
+    fn pin(&mut self, key: RequestKey, block: Block, out: Shared<'_>) {
+        if let Some(spot) = self.spots.get_mut(&key) {
+            spot.users += 1;
+            return;
+        }
+        self.spots.insert(key, Spot { block, users: 1 });
+        let id = LineId::new(self.seat, PIN, 0);
+        out.runs.change(block, id, |line, at| line.set(at, at + 1));
+    }
+
+    fn unpin(&mut self, key: RequestKey, out: Shared<'_>) {
+        let hash_map::Entry::Occupied(mut spot) = self.spots.entry(key) else { return };
+        spot.get_mut().users -= 1;
+        if spot.get().users == 0 {
+            let block = spot.remove().block;
+            let id = LineId::new(self.seat, PIN, 0);
+            out.runs.change(block, id, |line, at| line.unset(at, at + 1));
+        }
+    }
+
+    fn unpin_all(&mut self, keys: Vec<RequestKey>, out: Shared<'_>) {
+        for key in keys {
+            self.unpin(key, out);
+        }
+    }
+
+    fn pin_place(&mut self, place: &Place, out: Shared<'_>) {
+        for &key in place.whole() {
+            let known = self.spots.get(&key).map(|spot| spot.block);
+            if let Some(block) = known.or(place.at) {
+                self.pin(key, block, out);
+            }
+        }
+        if let Some(block) = place.at {
+            self.pin(place.key, block, out);
+        }
+    }
+
+    fn unpin_place(&mut self, place: &Place, out: Shared<'_>) {
+        for &key in place.whole() {
+            self.unpin(key, out);
+        }
+        if place.at.is_some() {
+            self.unpin(place.key, out);
+        }
+    }
+
+    /// The common case of a store: keys that are new, over request blocks of which the row holds
+    /// nothing yet. Returns how many of the leading keys are done, the last one's block, and how
+    /// many keys lay elsewhere.
+    fn store_plain(
+        &mut self,
+        keys: &[EngineKey],
+        path: &Path<'_>,
+        tier: TierId,
+        group: Group,
+        out: Shared<'_>,
+    ) -> (usize, Option<Block>, u32) {
+        let seat = self.seat;
+        let fresh = {
+            let names = self.names(out);
+            let known = |key: &EngineKey| {
+                key.0 == 0
+                    || (!self.entries.is_empty() && self.entries.contains_key(&(*key, 0)))
+                    || self.plain.find(*key, |block| names.of(block)).is_some()
+            };
+            keys.iter().position(known).unwrap_or(keys.len())
+        };
+        let path = Path { keys: &path.keys[..fresh], engine: Some(&keys[..fresh]), ..*path };
+        let id = LineId::new(seat, 0, tier.0);
+        let mut segments: SmallVec<[Segment; 4]> = SmallVec::new();
+        let hold = |run: &mut Locked<'_>, from, to| {
+            let lines = run.lines_of(seat);
+            if lines.iter().any(|&line| run.load(line).any(from, to)) {
+                return false;
+            }
+            let mut line = run.load(id);
+            line.set(from, to);
+            run.save(id, &line);
+            true
+        };
+        let done = out.runs.lay(&path, seat, hold, &mut segments);
+        self.by_tier[usize::from(tier.0) % TierTable::MAX] += done as u64;
+        let mut at = 0;
+        for segment in &segments {
+            self.name(*segment, &keys[at..], out);
+            at += segment.count as usize;
+        }
+        let mut again: SmallVec<[(usize, Block); 2]> = SmallVec::new();
+        let blocks = segments.iter().flat_map(|it| it.first..it.first + it.count);
+        {
+            let snapshot = out.runs.load();
+            let names = Names { runs: out.runs, snapshot, own: &self.own };
+            for (at, block) in blocks.enumerate() {
+                if !self.plain.insert(keys[at], block, |block| names.of(block)) {
+                    again.push((at, block));
+                }
+            }
+        }
+        for &key in &keys[..done] {
+            self.lay_elsewhere(key, group, out);
+        }
+        let mut conflicting = 0;
+        for (at, block) in again {
+            // The event names two blocks alike: the later one replaces the earlier.
+            let (key, content) = (keys[at], path.keys[at]);
+            self.pin(content, block, out);
+            out.runs.change(block, id, |line, at| line.unset(at, at + 1));
+            self.by_tier[usize::from(tier.0) % TierTable::MAX] -= 1;
+            self.forget_name(block, out);
+            let place = self.simple_place(block, out);
+            conflicting += u32::from(self.store_one((key, 0), place, None, tier, out));
+            self.unpin(content, out);
+        }
+        let last = segments.last().map(|it| it.first + it.count - 1);
+        (done, last, conflicting)
+    }
+
+    /// Notes the keys of a segment where they are not the ones beside the blocks.
+    fn name(&mut self, segment: Segment, keys: &[EngineKey], out: Shared<'_>) {
+        let snapshot = out.runs.load();
+        let beside = snapshot.engine_keys(segment.first, segment.count).unwrap_or_default();
+        for (at, &key) in keys.iter().take(segment.count as usize).enumerate() {
+            let block = segment.first + at as u32;
+            if beside.get(at).is_some_and(|name| name.load(Ordering::Relaxed) == key.0) {
+                continue;
+            }
+            let (run, base) = out.runs.place_of(block);
+            let own = self.own.entry(run);
+            let own = own.or_insert_with(|| Own { base, keys: Vec::new(), used: 0 });
+            let at = (block - base) as usize;
+            if own.keys.len() <= at {
+                own.keys.reserve_exact(
+                    (segment.first - base + segment.count) as usize - own.keys.len(),
+                );
+                own.keys.resize(at + 1, 0);
+            }
+            let new = own.keys[at] == 0;
+            own.used += u32::from(new);
+            self.named += u64::from(new);
+            own.keys[at] = key.0;
+        }
+    }
+
+    fn forget_name(&mut self, block: Block, out: Shared<'_>) {
+        if self.own.is_empty() {
+            return;
+        }
+        let (run, _) = out.runs.place_of(block);
+        if let Some(own) = self.own.get_mut(&run)
+            && let Some(key) = own.keys.get_mut((block - own.base) as usize)
+            && *key != 0
+        {
+            *key = 0;
+            own.used -= 1;
+            self.named -= 1;
+            if own.used == 0 {
+                self.own.remove(&run);
+            }
+        }
+    }
+
+    /// Counts and places one engine block. Returns whether its key lay elsewhere.
+    fn store_one(
         &mut self,
         at: EntryKey,
-        place: &Place,
+        place: Place,
+        joint: Option<Completed>,
         tier: TierId,
-        out: &impl Holdings,
+        out: Shared<'_>,
     ) -> bool {
-        if place.odd.is_some() {
-            return false;
+        if let (0, None, Some(block)) = (at.1, &place.odd, place.at) {
+            match self.find_plain(at.0, out) {
+                Some(known) if known == block => {
+                    self.count_plain(block, tier, out);
+                    return false;
+                }
+                Some(known) => self.demote(at.0, known, out),
+                None if at.0.0 != 0 && !self.entries.contains_key(&at) => {
+                    if let Some(other) = self.plain_of(block, out) {
+                        self.demote(other, block, out);
+                    } else if !self.has_facts(block, out) {
+                        self.name(Segment { first: block, count: 1 }, &[at.0], out);
+                        let names =
+                            Names { runs: out.runs, snapshot: out.runs.load(), own: &self.own };
+                        self.plain.insert(at.0, block, |block| names.of(block));
+                        let id = LineId::new(self.seat, 0, tier.0);
+                        out.runs.change(block, id, |line, at| line.set(at, at + 1));
+                        self.by_tier[usize::from(tier.0) % TierTable::MAX] += 1;
+                        return false;
+                    }
+                }
+                None => {}
+            }
+        } else if at.1 == 0
+            && let Some(known) = self.find_plain(at.0, out)
+        {
+            self.demote(at.0, known, out);
         }
-        let hash_map::Entry::Vacant(vacant) = self.entries.entry(at) else { return false };
-        let counts = Counts::from_slice(&[(tier, 1)]);
-        vacant.insert(Entry { counts, place: Some(place.clone()) });
-        self.by_tier[usize::from(tier.0) % TierTable::MAX] += 1;
-        self.set(place.key, at.1, tier.0, out);
-        true
+        self.bump(at, tier, out);
+        self.lay(at, place, joint, out)
+    }
+
+    /// Does the row hold the block in part 0, in whatever tier?
+    fn has_facts(&self, block: Block, out: Shared<'_>) -> bool {
+        !self.tiers_of(block, out).is_empty()
+    }
+
+    /// The tags of part 0 in which the row holds a block.
+    fn tiers_of(&self, block: Block, out: Shared<'_>) -> SmallVec<[u8; 4]> {
+        let seat = self.seat;
+        let tags = out.runs.with(block, |run, at| {
+            let lines = run.lines_of(seat);
+            let held = lines.iter().filter(|&&id| id.part() == 0 && run.load(id).holds(at));
+            held.map(|id| id.tag()).collect()
+        });
+        tags.unwrap_or_default()
+    }
+
+    /// Makes an entry of a plain key.
+    fn demote(&mut self, key: EngineKey, block: Block, out: Shared<'_>) {
+        let tags = self.tiers_of(block, out);
+        let counts: Counts = tags
+            .iter()
+            .map(|&tag| (TierId(tag), 1 + self.more.remove(&(block, tag)).unwrap_or(0)))
+            .collect();
+        self.plain.remove(key, block);
+        self.forget_name(block, out);
+        let place = self.simple_place(block, out);
+        self.pin_place(&place, out);
+        self.entries.insert((key, 0), Entry { counts, place: Some(place) });
+    }
+
+    /// Counts one more copy of a plain key.
+    fn count_plain(&mut self, block: Block, tier: TierId, out: Shared<'_>) {
+        let id = LineId::new(self.seat, 0, tier.0);
+        let held = out.runs.change(block, id, |line, at| {
+            let held = line.holds(at);
+            if !held {
+                line.set(at, at + 1);
+            }
+            held
+        });
+        if held != Some(true) {
+            self.by_tier[usize::from(tier.0) % TierTable::MAX] += 1;
+        } else if self.mode == CountMode::Counted {
+            let more = self.more.entry((block, tier.0)).or_default();
+            self.repeated += u64::from(*more == 0);
+            *more = more.saturating_add(1);
+        } else if self.more.remove(&(block, tier.0)).is_some() {
+            self.repeated -= 1;
+        }
     }
 
     /// Counts one store; a tier that is new to a placed entry becomes visible.
-    fn bump(&mut self, at: EntryKey, tier: TierId, out: &impl Holdings) {
+    fn bump(&mut self, at: EntryKey, tier: TierId, out: Shared<'_>) {
+        if at.1 == 0
+            && let Some(block) = self.find_plain(at.0, out)
+        {
+            self.count_plain(block, tier, out);
+            return;
+        }
         let entry =
             self.entries.entry(at).or_insert_with(|| Entry { counts: Counts::new(), place: None });
         if let Some((_, count)) = entry.counts.iter_mut().find(|(held, _)| *held == tier) {
             if self.mode == CountMode::Counted {
                 self.repeated += u64::from(*count == 1);
                 *count = count.saturating_add(1);
+            } else {
+                self.repeated -= u64::from(*count > 1);
+                *count = 1;
             }
             return;
         }
@@ -350,39 +803,131 @@ impl Ledger {
         }
     }
 
-    pub(crate) fn remove(&mut self, remove: &Remove<'_>, out: &impl Holdings) {
+    pub(crate) fn remove(&mut self, remove: &Remove<'_>, out: Shared<'_>) {
         let Some(group) = self.group(remove.group) else { return };
-        for &key in remove.keys {
-            let at = (key, group.part);
-            let hash_map::Entry::Occupied(mut occupied) = self.entries.entry(at) else { continue };
-            let entry = occupied.get_mut();
-            let Some(held) = entry.counts.iter().position(|(tier, _)| *tier == remove.tier) else {
-                continue;
-            };
-            let count = &mut entry.counts[held].1;
-            *count -= 1;
-            // The last copy but one goes, or in a mode that was not there at first all of them.
-            self.repeated -= u64::from(*count == 1 || (*count > 1 && self.mode == CountMode::Set));
-            if *count > 0 && self.mode == CountMode::Counted {
-                continue;
+        if group.part != 0 {
+            for &key in remove.keys {
+                self.remove_entry((key, group.part), remove, out);
             }
-            self.by_tier[usize::from(remove.tier.0) % TierTable::MAX] -= 1;
-            if entry.counts.len() > 1 {
-                entry.counts.swap_remove(held);
-                if entry.place.is_some() {
-                    self.hide(at, remove.tier, out);
-                }
-                continue;
-            }
-            if let Some(place) = occupied.remove().place {
-                for &key in place.whole() {
-                    if self.removed.len() == REMOVED_HISTORY {
-                        self.removed.pop_front();
+            return;
+        }
+        // Plain keys of one run go together.
+        let mut batch: SmallVec<[(EngineKey, Block); 32]> = SmallVec::new();
+        let mut keys = remove.keys;
+        while !keys.is_empty() {
+            batch.clear();
+            {
+                let names = self.names(out);
+                let mut run = None;
+                for &key in keys {
+                    let Some(block) = self.plain.find(key, |block| names.of(block)) else { break };
+                    let owner =
+                        names.snapshot.run_of(block).or_else(|| Some(out.runs.owner(block)));
+                    if run.is_some() && owner != run {
+                        break;
                     }
-                    self.removed.push_back((key, remove.sequence));
+                    run = owner;
+                    batch.push((key, block));
                 }
-                self.lift(at, &place, &[(remove.tier, 1)], out);
             }
+            let (now, later) = keys.split_at(batch.len().max(1));
+            if batch.is_empty() {
+                self.remove_entry((now[0], 0), remove, out);
+            } else {
+                self.remove_plain(&batch, remove, out);
+            }
+            keys = later;
+        }
+    }
+
+    /// Removes one copy of each key; their blocks are in one run.
+    fn remove_plain(&mut self, batch: &[(EngineKey, Block)], remove: &Remove<'_>, out: Shared<'_>) {
+        let Some(&(_, first)) = batch.first() else { return };
+        let id = LineId::new(self.seat, 0, remove.tier.0);
+        out.runs.with(first, |run, at| {
+            let base = first - at;
+            let mut line = run.load(id);
+            let others: SmallVec<[Line; 2]> = run
+                .lines_of(id.seat())
+                .iter()
+                .filter(|&&other| other.part() == 0 && other != id)
+                .map(|&other| run.load(other))
+                .collect();
+            for &(key, block) in batch {
+                let at = block - base;
+                if !line.holds(at) {
+                    continue;
+                }
+                if !self.more.is_empty()
+                    && let Some(more) = self.more.get_mut(&(block, id.tag()))
+                {
+                    *more -= 1;
+                    let last = *more == 0 || self.mode == CountMode::Set;
+                    if last {
+                        self.more.remove(&(block, id.tag()));
+                        self.repeated -= 1;
+                    }
+                    if self.mode == CountMode::Counted {
+                        continue;
+                    }
+                }
+                line.unset(at, at + 1);
+                self.by_tier[usize::from(id.tag()) % TierTable::MAX] -= 1;
+                if others.iter().any(|other| other.holds(at)) {
+                    continue;
+                }
+                // Before the block may go: its name is how the map knows the key.
+                self.plain.remove(key, block);
+                if !self.own.is_empty()
+                    && let Some(own) = self.own.get_mut(&run.id())
+                    && let Some(name) = own.keys.get_mut(at as usize)
+                    && *name != 0
+                {
+                    *name = 0;
+                    own.used -= 1;
+                    self.named -= 1;
+                    if own.used == 0 {
+                        self.own.remove(&run.id());
+                    }
+                }
+                if self.removed.len() == REMOVED_HISTORY {
+                    self.removed.pop_front();
+                }
+                self.removed.push_back((run.key(at), remove.sequence));
+            }
+            run.save(id, &line);
+        });
+    }
+
+    fn remove_entry(&mut self, at: EntryKey, remove: &Remove<'_>, out: Shared<'_>) {
+        let hash_map::Entry::Occupied(mut occupied) = self.entries.entry(at) else { return };
+        let entry = occupied.get_mut();
+        let Some(held) = entry.counts.iter().position(|(tier, _)| *tier == remove.tier) else {
+            return;
+        };
+        let count = &mut entry.counts[held].1;
+        *count -= 1;
+        // The last copy but one goes, or in a mode that was not there at first all of them.
+        self.repeated -= u64::from(*count == 1 || (*count > 1 && self.mode == CountMode::Set));
+        if *count > 0 && self.mode == CountMode::Counted {
+            return;
+        }
+        self.by_tier[usize::from(remove.tier.0) % TierTable::MAX] -= 1;
+        if entry.counts.len() > 1 {
+            entry.counts.swap_remove(held);
+            if entry.place.is_some() {
+                self.hide(at, remove.tier, out);
+            }
+            return;
+        }
+        if let Some(place) = occupied.remove().place {
+            for &key in place.whole() {
+                if self.removed.len() == REMOVED_HISTORY {
+                    self.removed.pop_front();
+                }
+                self.removed.push_back((key, remove.sequence));
+            }
+            self.lift(at, &place, &[(remove.tier, 1)], out);
         }
     }
 
@@ -392,7 +937,7 @@ impl Ledger {
         at: EntryKey,
         place: Place,
         joint: Option<Completed>,
-        out: &impl Holdings,
+        out: Shared<'_>,
     ) -> bool {
         let Some(entry) = self.entries.get_mut(&at) else { return false };
         let old = match &entry.place {
@@ -400,6 +945,7 @@ impl Ledger {
             _ => entry.place.take(),
         };
         let counts = entry.counts.clone();
+        self.pin_place(&place, out);
         if let Some(old) = &old {
             self.lift(at, old, &counts, out);
         }
@@ -407,7 +953,12 @@ impl Ledger {
             self.joints.enter(prefix, at, place.start);
         }
         if let Some(joint) = joint {
-            self.joints.join(joint);
+            let key = joint.key;
+            if self.joints.join(joint)
+                && let Some(block) = self.spots.get(&key).map(|spot| spot.block)
+            {
+                self.pin(key, block, out);
+            }
         }
         self.odd_bytes += place.odd_bytes();
         let prefixes = place.prefixes();
@@ -427,7 +978,7 @@ impl Ledger {
     }
 
     /// Copies the place of a key in a full-attention part to what waits for it in other parts.
-    fn lay_elsewhere(&mut self, key: EngineKey, group: Group, out: &impl Holdings) {
+    fn lay_elsewhere(&mut self, key: EngineKey, group: Group, out: Shared<'_>) {
         if self.groups.len() < 2 || group.kind != GroupKind::Full {
             return;
         }
@@ -435,8 +986,7 @@ impl Ledger {
         for part in parts {
             if part != group.part
                 && self.is_unplaced((key, part))
-                && let Some(place) =
-                    self.entries.get(&(key, group.part)).and_then(|entry| entry.place.clone())
+                && let Some(place) = self.place_in((key, group.part), out)
             {
                 self.lay((key, part), place, None, out);
             }
@@ -448,7 +998,7 @@ impl Ledger {
     }
 
     /// Takes back what a place that is no longer the entry's made visible.
-    fn lift(&mut self, at: EntryKey, place: &Place, counts: &[(TierId, u32)], out: &impl Holdings) {
+    fn lift(&mut self, at: EntryKey, place: &Place, counts: &[(TierId, u32)], out: Shared<'_>) {
         self.odd_bytes -= place.odd_bytes();
         for &key in place.whole() {
             for &(tier, _) in counts {
@@ -459,17 +1009,18 @@ impl Ledger {
             self.joints.leave(prefix, at);
             self.review(prefix, out);
         }
+        self.unpin_place(place, out);
     }
 
-    fn show(&mut self, at: EntryKey, tier: TierId, out: &impl Holdings) {
+    fn show(&mut self, at: EntryKey, tier: TierId, out: Shared<'_>) {
         self.retier(at, out, |ledger, key| ledger.set(key, at.1, tier.0, out));
     }
 
-    fn hide(&mut self, at: EntryKey, tier: TierId, out: &impl Holdings) {
+    fn hide(&mut self, at: EntryKey, tier: TierId, out: Shared<'_>) {
         self.retier(at, out, |ledger, key| ledger.unset(key, at.1, tier.0, out));
     }
 
-    fn retier(&mut self, at: EntryKey, out: &impl Holdings, each: impl Fn(&mut Self, RequestKey)) {
+    fn retier(&mut self, at: EntryKey, out: Shared<'_>, each: impl Fn(&mut Self, RequestKey)) {
         let Some(place) = self.entries.get(&at).and_then(|entry| entry.place.as_ref()) else {
             return;
         };
@@ -483,13 +1034,28 @@ impl Ledger {
         }
     }
 
-    fn set(&mut self, key: RequestKey, part: Part, tag: u8, out: &impl Holdings) {
-        if out.set(key, part, tag) {
+    fn set(&mut self, key: RequestKey, part: Part, tag: u8, out: Shared<'_>) {
+        let Some(block) = self.spots.get(&key).map(|spot| spot.block) else { return };
+        if part == 0
+            && self.plain.len() > 0
+            && let Some(plain) = self.plain_of(block, out)
+        {
+            self.demote(plain, block, out);
+        }
+        let id = LineId::new(self.seat, part, tag);
+        let before = out.runs.change(block, id, |line, at| {
+            let before = line.holds(at);
+            if !before {
+                line.set(at, at + 1);
+            }
+            before
+        });
+        if before == Some(true) {
             *self.again.entry((key, part, tag)).or_default() += 1;
         }
     }
 
-    fn unset(&mut self, key: RequestKey, part: Part, tag: u8, out: &impl Holdings) {
+    fn unset(&mut self, key: RequestKey, part: Part, tag: u8, out: Shared<'_>) {
         if !self.again.is_empty()
             && let Some(again) = self.again.get_mut(&(key, part, tag))
         {
@@ -499,27 +1065,29 @@ impl Ledger {
             }
             return;
         }
-        out.unset(key, part, tag);
+        let Some(block) = self.spots.get(&key).map(|spot| spot.block) else { return };
+        let id = LineId::new(self.seat, part, tag);
+        out.runs.change(block, id, |line, at| line.unset(at, at + 1));
     }
 
     /// Ends the speculative marks on the request blocks that stored engine blocks end or contain.
-    fn confirm(&self, keys: &[EngineKey], part: Part, out: &impl Holdings) {
-        if !out.any_marks() {
+    fn confirm(&self, keys: &[EngineKey], part: Part, out: Shared<'_>) {
+        if !out.marks.any() {
             return;
         }
-        for place in keys.iter().filter_map(|&key| self.entries.get(&(key, part))?.place.as_ref()) {
+        for place in keys.iter().filter_map(|&key| self.place_in((key, part), out)) {
             for &key in place.whole() {
-                out.confirm(key);
+                out.marks.unmark(key, out.slot, None);
             }
             let head = place.odd.as_ref().and_then(|odd| odd.head).map(RequestKey);
             if let Some(head) = head.filter(|&head| self.joints.is_held(head)) {
-                out.confirm(head);
+                out.marks.unmark(head, out.slot, None);
             }
         }
     }
 
     /// Brings the facts of the joints that a prefix is part of up to date.
-    fn review(&mut self, prefix: PrefixId, out: &impl Holdings) {
+    fn review(&mut self, prefix: PrefixId, out: Shared<'_>) {
         let entries = &self.entries;
         let changes = self.joints.review(
             prefix,
@@ -531,30 +1099,9 @@ impl Ledger {
             match change {
                 Change::Set(key, part, tag) => self.set(key, part, tag, out),
                 Change::Unset(key, part, tag) => self.unset(key, part, tag, out),
+                Change::Drop(key) => self.unpin(key, out),
             }
         }
-    }
-
-    /// Forgets every block; groups and names stay known.
-    pub(crate) fn clear(&mut self, out: &impl Holdings) {
-        for ((_, part), entry) in &self.entries {
-            for &key in entry.place.iter().flat_map(Place::whole) {
-                for &(tier, _) in &entry.counts {
-                    out.unset(key, *part, tier.0);
-                }
-            }
-        }
-        for (key, part, tag) in self.joints.facts() {
-            out.unset(key, part, tag);
-        }
-        self.entries = HashMap::default();
-        self.again = HashMap::default();
-        self.joints = Joints::default();
-        self.removed.clear();
-        self.orphans.clear();
-        self.by_tier = [0; TierTable::MAX];
-        self.repeated = 0;
-        self.odd_bytes = 0;
     }
 
     pub(crate) fn orphans(&mut self) -> &mut Orphans {
@@ -565,15 +1112,22 @@ impl Ledger {
         self.removed.iter().rev().find(|(removed, _)| *removed == key).map(|(_, at)| *at)
     }
 
-    /// Estimated bytes, the shared map's part included.
+    /// Estimated bytes of the row's own maps.
     pub(crate) fn bytes(&self) -> u64 {
-        let entries = self.entries.len() as u64;
-        entries * Self::ENTRY_BYTES + self.odd_bytes + self.joints.bytes() + self.orphans.bytes()
+        let pairs = (self.more.len() + self.spots.len() + self.again.len()) as u64 * 32;
+        self.plain.len() as u64 * Self::PLAIN_BYTES
+            + self.entries.len() as u64 * Self::ENTRY_BYTES
+            + self.named * 8
+            + self.own.len() as u64 * 64
+            + pairs
+            + self.odd_bytes
+            + self.joints.bytes()
+            + self.orphans.bytes()
     }
 
     pub(crate) fn usage(&self) -> PodUsage {
         PodUsage {
-            blocks: self.entries.len() as u64,
+            blocks: (self.plain.len() + self.entries.len()) as u64,
             blocks_by_tier: self.by_tier.to_vec(),
             orphans: self.orphans.blocks() as u64,
             bytes: self.bytes(),

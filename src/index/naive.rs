@@ -478,7 +478,8 @@ impl BlockIndex for NaiveIndex {
         }
     }
 
-    fn holders(&self, key: RequestKey) -> Vec<PodSlot> {
+    fn holders(&self, keys: &[RequestKey], block: usize) -> Vec<PodSlot> {
+        let Some(&key) = keys.get(block) else { return Vec::new() };
         let holds = |pod: &Pod| {
             pod.paths.get(&key).is_some_and(|path| {
                 let block = pod.block_of(key, path);

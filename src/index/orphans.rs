@@ -199,8 +199,4 @@ impl Orphans {
             .collect();
         old.into_iter().filter_map(|id| self.take(id)).map(|(_, orphan)| orphan.keys.len()).sum()
     }
-
-    pub(crate) fn clear(&mut self) {
-        *self = Self::new(self.limit);
-    }
 }

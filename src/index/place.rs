@@ -12,6 +12,7 @@ use xxhash_rust::xxh3;
 
 use crate::{
     hash::Scheme,
+    index::runs::Block,
     model::{ExtraKey, RequestKey},
 };
 
@@ -60,6 +61,8 @@ pub(crate) struct Cursor {
     pub(crate) position: u32,
     /// Key of the last full request block, or the root.
     pub(crate) key: RequestKey,
+    /// Where that block lies; absent for the root.
+    pub(crate) at: Option<Block>,
     pub(crate) tail: Tail,
     /// Waits for block 0 to be complete.
     pub(crate) salt: Option<Box<[u8]>>,
@@ -76,11 +79,18 @@ pub(crate) struct Laid {
     pub(crate) tail: Option<PrefixId>,
 }
 
+impl Laid {
+    /// The request blocks that end inside it, in order.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = RequestKey> + '_ {
+        self.joint.iter().map(|joint| joint.key).chain(self.whole.iter().copied())
+    }
+}
+
 impl Cursor {
     /// The start of a prompt.
     pub(crate) fn root(key: RequestKey, salt: Option<&str>) -> Self {
         let salt = salt.map(|salt| salt.as_bytes().into());
-        Self { position: 0, key, tail: Tail::default(), salt }
+        Self { position: 0, key, at: None, tail: Tail::default(), salt }
     }
 
     /// Goes on over one engine block. `lora` is skipped where the engine repeats it in `extras`.
@@ -104,6 +114,24 @@ impl Cursor {
             return Laid { whole: SmallVec::from_elem(self.key, 1), ..Laid::default() };
         }
         self.advance_slowly(scheme, tokens, extras.to_vec(), scratch)
+    }
+
+    /// Goes on over one engine block that is exactly one request block, from a block boundary.
+    pub(crate) fn advance_one(
+        &mut self,
+        scheme: &Scheme,
+        tokens: &[u32],
+        extras: &[ExtraKey<'_>],
+        lora: Option<&str>,
+        scratch: &mut Vec<u8>,
+    ) -> RequestKey {
+        if extras.is_empty() && self.salt.is_none() {
+            self.position += scheme.block_size();
+            self.key = scheme.next(self.key, tokens, &[], scratch);
+        } else {
+            self.advance(scheme, tokens, extras, lora, scratch);
+        }
+        self.key
     }
 
     fn advance_slowly(
@@ -204,6 +232,8 @@ pub(crate) struct Place {
     pub(crate) end: u32,
     /// Key of the last full request block at or before `end`, or the root.
     pub(crate) key: RequestKey,
+    /// Where that block lies; absent for the root.
+    pub(crate) at: Option<Block>,
     /// Absent in the common case: the block is exactly the whole request block `key`.
     pub(crate) odd: Option<Box<Odd>>,
 }
@@ -237,7 +267,13 @@ impl Place {
                 salt: cursor.salt.clone(),
             })
         });
-        (Self { start, end: cursor.position, key: cursor.key, odd }, laid.joint)
+        (Self { start, end: cursor.position, key: cursor.key, at: cursor.at, odd }, laid.joint)
+    }
+
+    /// The place of an engine block that is exactly one request block of `size` tokens.
+    pub(crate) fn simple(key: RequestKey, at: Block, number: u32, size: u32) -> Self {
+        let start = number * size;
+        Self { start, end: start + size, key, at: Some(at), odd: None }
     }
 
     pub(crate) fn whole(&self) -> &[RequestKey] {
@@ -256,7 +292,7 @@ impl Place {
             .odd
             .as_ref()
             .map_or_else(Default::default, |odd| (odd.rest.clone(), odd.salt.clone()));
-        Cursor { position: self.end, key: self.key, tail, salt }
+        Cursor { position: self.end, key: self.key, at: self.at, tail, salt }
     }
 
     /// Equal tokens, extras and position? The prefix ids stand for them.

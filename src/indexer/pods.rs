@@ -382,12 +382,12 @@ mod tests {
     use super::*;
     use crate::{
         hash::Models,
-        index::{IndexConfig, dash::DashIndex},
+        index::{IndexConfig, runs::RunIndex},
         ingest::{IngestConfig, fleet::Fleet, metrics::IngestMetrics},
     };
 
     fn pods(config: IngestConfig) -> Arc<Pods> {
-        let fleet = Arc::new(Fleet::new(Arc::new(DashIndex::new(IndexConfig {
+        let fleet = Arc::new(Fleet::new(Arc::new(RunIndex::new(IndexConfig {
             max_pods: config.max_pods,
             ..IndexConfig::default()
         }))));

@@ -9,7 +9,7 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    index::{IndexConfig, dash::DashIndex},
+    index::{IndexConfig, runs::RunIndex},
     indexer::{
         IndexerConfig,
         config::GrpcTls,
@@ -66,7 +66,7 @@ pub async fn run(
     let addresses = Addresses { grpc: grpc.local_addr()?, admin: http.local_addr()? };
 
     let tiers = Arc::new(config.tiers.table());
-    let index = Arc::new(DashIndex::new(IndexConfig {
+    let index = Arc::new(RunIndex::new(IndexConfig {
         tiers: Arc::clone(&tiers),
         speculative_weight: config.tiers.speculative,
         cap_bytes: config.index_cap_bytes,

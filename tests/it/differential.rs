@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use kv_indexer::{
     hash::{Algorithm, Scheme},
-    index::{BlockIndex, IndexConfig, Match, PodSpec, dash::DashIndex, naive::NaiveIndex},
+    index::{BlockIndex, IndexConfig, Match, PodSpec, naive::NaiveIndex, runs::RunIndex},
     model::{CountMode, PodSlot, RequestKey},
 };
 use proptest::{
@@ -50,8 +50,8 @@ fn compare(subject: &dyn BlockIndex, oracle: &dyn BlockIndex, world: &World) -> 
         if got != want {
             return Err(format!("lookup of {} keys:\n got {got:?}\nwant {want:?}", keys.len()));
         }
-        for key in keys {
-            let (got, want) = (subject.holders(key), oracle.holders(key));
+        for (block, &key) in keys.iter().enumerate() {
+            let (got, want) = (subject.holders(&keys, block), oracle.holders(&keys, block));
             if got != want {
                 return Err(format!("holders of {key:?}: got {got:?}, want {want:?}"));
             }
@@ -212,13 +212,13 @@ macro_rules! suite {
     };
 }
 
-suite!(dash, DashIndex::new(config()));
+suite!(runs, RunIndex::new(config()));
 suite!(naive, NaiveIndex::new(config()));
 
 /// An index with a bug, to show that the suite sees it.
 #[derive(Debug)]
 struct Broken {
-    inner: DashIndex,
+    inner: RunIndex,
     bug: Bug,
     removals: std::sync::atomic::AtomicU64,
 }
@@ -291,16 +291,16 @@ impl BlockIndex for Broken {
         self.inner.lookup(keys, tiers, out);
         if matches!(self.bug, Bug::CreditsRejoiningSuffix) {
             for found in out {
-                let next = keys.get(found.depth as usize + 1);
-                if next.is_some_and(|key| self.inner.holders(*key).contains(&found.slot)) {
+                let next = found.depth as usize + 1;
+                if self.inner.holders(keys, next).contains(&found.slot) {
                     found.depth += 2;
                     found.confirmed += 2;
                 }
             }
         }
     }
-    fn holders(&self, key: RequestKey) -> Vec<PodSlot> {
-        self.inner.holders(key)
+    fn holders(&self, keys: &[RequestKey], block: usize) -> Vec<PodSlot> {
+        self.inner.holders(keys, block)
     }
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
         self.inner.removed_at(slot, key)
@@ -325,7 +325,7 @@ fn suite_sees_planted_bugs() {
     ] {
         let make = || -> Box<dyn BlockIndex> {
             Box::new(Broken {
-                inner: DashIndex::new(config()),
+                inner: RunIndex::new(config()),
                 bug,
                 removals: std::sync::atomic::AtomicU64::new(0),
             })

@@ -5,14 +5,14 @@ use std::{sync::Arc, time::Instant};
 
 use kv_indexer::{
     hash::{Algorithm, Prompt, Scheme},
-    index::{BlockIndex, Extras, IndexConfig, Match, PodSpec, Remove, Store, dash::DashIndex},
+    index::{BlockIndex, Extras, IndexConfig, PodSpec, Remove, Store, runs::RunIndex},
     model::{CountMode, PodSlot, RequestKey, TierId, TierTable},
 };
 
 use crate::contender::{BLOCK, Contender, Event, Place, What, Writer};
 
 /// The engine under measurement.
-type Engine = DashIndex;
+type Engine = RunIndex;
 
 #[derive(Debug)]
 pub(crate) struct Ours {
@@ -51,7 +51,7 @@ impl Contender for Ours {
     const MAX_PODS: u32 = 4096;
     type Event = Event;
     type Query = Vec<RequestKey>;
-    type Answer = Vec<Match>;
+    type Answer = Vec<(PodSlot, u32)>;
     type Writer = OurWriter;
 
     fn new(pods: u32) -> Self {
@@ -73,11 +73,11 @@ impl Contender for Ours {
 
     #[inline]
     fn lookup(&self, query: &Self::Query, answer: &mut Self::Answer) {
-        self.engine.lookup(query, false, answer);
+        self.engine.depths(query, answer);
     }
 
     fn depths(answer: &Self::Answer) -> Vec<(u32, u32)> {
-        answer.iter().map(|found| (found.slot.0, found.depth)).collect()
+        answer.iter().map(|&(slot, depth)| (slot.0, depth)).collect()
     }
 }
 

@@ -46,7 +46,7 @@ use crate::{
         scheduling::{BoxFuture, Task},
     },
     hash::Models,
-    index::{IndexConfig, Match, PodUsage, dash::DashIndex},
+    index::{IndexConfig, Match, PodUsage, runs::RunIndex},
     ingest::{
         Ingest, IngestConfig,
         fleet::{Fleet, PodDeclaration, Row, Table},
@@ -120,7 +120,7 @@ pub fn start(
         ingest_config.lanes = config.lanes;
     }
     let tiers = Arc::new(TierTable::new(&config.tiers, config.unlisted_weight));
-    let index = Arc::new(DashIndex::new(IndexConfig {
+    let index = Arc::new(RunIndex::new(IndexConfig {
         tiers: Arc::clone(&tiers),
         speculative_weight: config.speculative_weight,
         cap_bytes: config.cap_bytes,

@@ -116,7 +116,7 @@ impl Case<'_> {
                 compact: None,
             }),
             first_missing_block: missing as u32,
-            holders: self.keys.get(missing).map_or_else(Vec::new, |key| self.holders(*key)),
+            holders: self.holders(missing),
             findings,
             causes,
         }
@@ -348,7 +348,7 @@ impl Case<'_> {
         let tokens = u64::from(self.head.scheme.block_size());
         let start = confirmed as u64 * tokens;
         let block = format!("block {confirmed} (tokens {start}..{})", start + tokens);
-        Some(if index.holders(key).contains(&row.slot) {
+        Some(if index.holders(self.keys, confirmed).contains(&row.slot) {
             let text = format!(
                 "{block} is held, but does not lengthen the prefix: a sliding-window group lacks \
                  blocks before it, or the pod is muted because its hashes are not chained{expected}"
@@ -448,9 +448,9 @@ impl Case<'_> {
         ours.map(|found| found.confirmed as usize).max().unwrap_or_default()
     }
 
-    /// Names of the rows that hold `key`.
-    fn holders(&self, key: RequestKey) -> Vec<String> {
-        let slots = self.inner.fleet.index().holders(key);
+    /// Names of the rows that hold a block of the prompt.
+    fn holders(&self, block: usize) -> Vec<String> {
+        let slots = self.inner.fleet.index().holders(self.keys, block);
         slots.iter().filter_map(|slot| Some(self.table.slot(*slot)?.id.to_string())).collect()
     }
 }

@@ -15,7 +15,7 @@ use kv_indexer::{
         },
     },
     hash::{Algorithm, Prompt, Scheme},
-    index::{Extras, IndexConfig, Store, dash::DashIndex},
+    index::{Extras, IndexConfig, Store, runs::RunIndex},
     indexer::{
         ApiConfig,
         metrics::ScoreMetrics,
@@ -76,7 +76,7 @@ impl Server {
     /// At an address, with blocks of this many tokens.
     pub(crate) fn at(address: SocketAddr, block: u32) -> Self {
         let tiers = Arc::new(TierTable::default());
-        let index = DashIndex::new(IndexConfig {
+        let index = RunIndex::new(IndexConfig {
             tiers: Arc::clone(&tiers),
             speculative_weight: 0.5,
             ..IndexConfig::default()

@@ -173,9 +173,10 @@ impl BlockIndex for FakeIndex {
         }
     }
 
-    fn holders(&self, key: RequestKey) -> Vec<PodSlot> {
+    fn holders(&self, keys: &[RequestKey], block: usize) -> Vec<PodSlot> {
+        let Some(key) = keys.get(block) else { return Vec::new() };
         let pods = self.pods.lock().unwrap();
-        pods.iter().filter(|(_, pod)| pod.tiers.contains_key(&key)).map(|(&slot, _)| slot).collect()
+        pods.iter().filter(|(_, pod)| pod.tiers.contains_key(key)).map(|(&slot, _)| slot).collect()
     }
 
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
