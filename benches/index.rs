@@ -1,6 +1,7 @@
 //! `cargo bench --bench index`: cost of storing, removing and looking up blocks.
 //!
-//! Measures: `BlockIndex` alone; hashing on the store side included, RPC excluded.
+//! Measures: `RunIndex` alone, and beside it as `dashmap` the map that one would write first
+//! (benches/common/baseline.rs); hashing on the store side included, RPC excluded.
 //! Model: `lookup`: `pods` pods hold one prompt in full; `half`: they stop at half; `miss`: nobody
 //! has its first block. `store`/`remove`: one pod, prompts of 64 blocks, removed one by one.
 //! Reads as: time per call; throughput in blocks per second.
@@ -12,9 +13,11 @@ mod common;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kv_indexer::{
     index::{BlockIndex, IndexConfig, runs::RunIndex},
-    model::EngineKey,
+    model::{EngineKey, PodSlot, RequestKey},
 };
 use std::hint::black_box;
+
+use self::common::baseline::MapIndex;
 
 fn lookup(c: &mut Criterion) {
     let mut group = c.benchmark_group("index/lookup");
@@ -23,24 +26,36 @@ fn lookup(c: &mut Criterion) {
             let index = RunIndex::new(IndexConfig::default());
             let tokens = common::shared_prompt(&index, pods, blocks);
             let keys = common::keys(&tokens);
-            let mut out = Vec::new();
-            group.throughput(Throughput::Elements(u64::from(blocks)));
-            let id = |case: &str| BenchmarkId::new(case, format!("{blocks}x{pods}"));
-            group.bench_function(id("full"), |b| {
-                b.iter(|| index.lookup(black_box(&keys), false, &mut out));
-            });
+            let map = MapIndex::new(pods);
+            for pod in 0..pods {
+                let engine = engine_keys(1000 + u64::from(pod), blocks as usize);
+                map.store(PodSlot(pod), &engine, None, &tokens);
+            }
             let (half, other) = keys.split_at(keys.len() / 2);
-            let mut diverging = half.to_vec();
-            diverging.extend(other.iter().map(|key| kv_indexer::model::RequestKey(!key.0)));
-            group.bench_function(id("half"), |b| {
-                b.iter(|| index.lookup(black_box(&diverging), false, &mut out));
-            });
-            group.bench_function(id("miss"), |b| {
-                b.iter(|| index.lookup(black_box(other), false, &mut out));
-            });
+            let diverging: Vec<RequestKey> =
+                half.iter().copied().chain(other.iter().map(|key| RequestKey(!key.0))).collect();
+            group.throughput(Throughput::Elements(u64::from(blocks)));
+            for (case, keys) in [("full", &*keys), ("half", &diverging), ("miss", other)] {
+                let (mut matches, mut want, mut got) = (Vec::new(), Vec::new(), Vec::new());
+                index.depths(keys, &mut want);
+                map.depths(keys, &mut got);
+                assert_eq!(got, want, "both answer alike");
+                let of = |case: String| BenchmarkId::new(case, format!("{blocks}x{pods}"));
+                group.bench_function(of(case.to_owned()), |b| {
+                    b.iter(|| index.lookup(black_box(keys), false, &mut matches));
+                });
+                group.bench_function(of(format!("{case}/dashmap")), |b| {
+                    b.iter(|| map.depths(black_box(keys), &mut got));
+                });
+            }
         }
     }
     group.finish();
+}
+
+fn engine_keys(seed: u64, count: usize) -> Vec<EngineKey> {
+    let mut random = common::Random(seed);
+    (0..count).map(|_| EngineKey(random.next())).collect()
 }
 
 fn write(c: &mut Criterion) {
@@ -49,7 +64,7 @@ fn write(c: &mut Criterion) {
     let mut random = common::Random(3);
     let prompts: Vec<(Vec<EngineKey>, Vec<u32>)> = (0..PROMPTS)
         .map(|_| {
-            let keys = (0..BLOCKS).map(|_| EngineKey(random.next())).collect();
+            let keys = engine_keys(random.next(), BLOCKS);
             (keys, random.tokens(BLOCKS as u32 * common::BLOCK))
         })
         .collect();
@@ -71,6 +86,15 @@ fn write(c: &mut Criterion) {
             BatchSize::SmallInput,
         );
     });
+    let fill = |map: MapIndex| {
+        for (keys, tokens) in &prompts {
+            map.store(PodSlot(0), keys, None, tokens);
+        }
+        map
+    };
+    group.bench_function("store/dashmap", |b| {
+        b.iter_batched(|| MapIndex::new(1), fill, BatchSize::SmallInput);
+    });
     group.bench_function("remove", |b| {
         b.iter_batched(
             || {
@@ -86,6 +110,18 @@ fn write(c: &mut Criterion) {
                     common::remove(&index, slot, &[*key]);
                 }
                 index
+            },
+            BatchSize::SmallInput,
+        );
+    });
+    group.bench_function("remove/dashmap", |b| {
+        b.iter_batched(
+            || fill(MapIndex::new(1)),
+            |map| {
+                for key in prompts.iter().flat_map(|(keys, _)| keys.iter().rev()) {
+                    map.remove(PodSlot(0), &[*key]);
+                }
+                map
             },
             BatchSize::SmallInput,
         );

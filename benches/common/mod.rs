@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each bench uses its part")]
 
+pub(crate) mod baseline;
+
 use std::{sync::Arc, time::Instant};
 
 use kv_indexer::{

@@ -15,6 +15,7 @@ mod drive;
 mod engine;
 mod epp;
 mod epp_config;
+mod exactness;
 mod freshness;
 mod fuzz_corpora;
 mod html_report;
