@@ -19,8 +19,9 @@
 //! # Concurrency
 //!
 //! Writes for one slot come from one thread at a time, in order. Lookups run on any thread and
-//! wait at most for one shard of the map. Each block's membership is read at some instant during
-//! the call, so an answer is exact for every pod to which nothing was applied meanwhile.
+//! wait at most while a run that they read is written. Each block's membership is read at some
+//! instant during the call, so an answer is exact for every pod to which nothing was applied
+//! meanwhile.
 
 mod joints;
 mod keymap;

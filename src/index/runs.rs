@@ -2,16 +2,16 @@
 //!
 //! # Model
 //!
-//! A prompt's request keys are walked from run to run ([`walk`]); [`storage`] says how runs lie in
-//! memory, [`ledger`](super::ledger) which engine keys make a row hold what. A row *sits* on a
+//! A prompt's request keys are walked from run to run (`walk`); `storage` says how runs lie in
+//! memory, `ledger` which engine keys make a row hold what. A row *sits* on a
 //! seat, the number under which runs know it. A clear gives it another seat: at that moment nothing
 //! of the old life is seen any more, however much it was, and a thread takes the old seat out of
 //! the runs afterwards.
 //!
 //! # Invariants
 //!
-//! * A seat is given out again only when no run knows it. A lookup during which that happened is
-//!   made again.
+//! * A seat is given out again only when no run knows it. A lookup during which that happened, or
+//!   during which a chunk took the place of one that was gone, is made again.
 //! * Readers take no lock and write nothing that is shared.
 //!
 //! # Cost
@@ -132,20 +132,13 @@ impl RunIndex {
         }
     }
 
-    fn new_row(&self, spec: PodSpec) -> (Arc<Row>, RowView) {
+    fn new_row(&self, spec: PodSpec) -> Option<(Arc<Row>, RowView)> {
         let block_size = spec.scheme.block_size();
-        let seat = self.seats.take();
+        let seat = self.seats.take()?;
         let ledger = Mutex::new(Ledger::new(spec, &self.config, seat));
         let view = RowView { seat, block_size, muted: false, parts: Arc::default() };
-        (
-            Arc::new(Row {
-                block_size,
-                ledger,
-                bytes: AtomicU64::new(0),
-                spare: AtomicU64::new(0),
-            }),
-            view,
-        )
+        let row = Row { block_size, ledger, bytes: AtomicU64::new(0), spare: AtomicU64::new(0) };
+        Some((Arc::new(row), view))
     }
 
     fn row(&self, slot: PodSlot) -> Option<Arc<Row>> {
@@ -227,9 +220,9 @@ impl RunIndex {
         total > cap || row.bytes.load(Ordering::Relaxed) > share
     }
 
-    /// Ends a life of a row: whatever the ledger holds is not seen any more.
-    fn retire(&self, ledger: Ledger) {
-        self.sweeper.sweep(ledger);
+    /// Equal moments: no seat and no chunk that was in use has been used again in between.
+    fn moment(&self) -> (u64, u64) {
+        (self.seats.moment(), self.runs.moment())
     }
 
     fn question(&self, tiers: bool) -> Question {
@@ -250,7 +243,7 @@ impl RunIndex {
         mut take: impl FnMut(&Walk<'_>, &mut S),
     ) {
         loop {
-            let moment = self.seats.moment();
+            let moment = self.moment();
             let snapshot = self.runs.load();
             let mut answer = Err(Unanswered::Hard);
             if !question.tiers && snapshot.view.hybrid.is_empty() && !self.marks.any() {
@@ -266,7 +259,7 @@ impl RunIndex {
                     Err(Outdated) => Err(Unanswered::Outdated),
                 };
             }
-            if answer.is_ok() && self.seats.moment() == moment {
+            if answer.is_ok() && self.moment() == moment {
                 return;
             }
             out.truncate(0);
@@ -291,7 +284,7 @@ impl BlockIndex for RunIndex {
         if free >= self.config.max_pods {
             return None;
         }
-        let (slot, (row, view)) = (PodSlot(free as u32), self.new_row(spec));
+        let (slot, (row, view)) = (PodSlot(free as u32), self.new_row(spec)?);
         self.change_view(|all| all.put(slot, Some(view)));
         self.put(slot, Some(row));
         Some(slot)
@@ -299,7 +292,13 @@ impl BlockIndex for RunIndex {
 
     fn respec(&self, slot: PodSlot, spec: PodSpec) {
         let Some(old) = self.row(slot) else { return };
-        let (row, view) = self.new_row(spec);
+        let Some((row, view)) = self.new_row(spec.clone()) else {
+            // Its own seat will do, once nothing is left on it.
+            self.clear(slot);
+            let mut ledger = lock(&old.ledger);
+            *ledger = Ledger::new(spec, &self.config, ledger.seat());
+            return;
+        };
         self.change_view(|all| all.put(slot, Some(view)));
         self.put(slot, Some(row));
         self.end(&old);
@@ -341,13 +340,20 @@ impl BlockIndex for RunIndex {
 
     fn clear(&self, slot: PodSlot) {
         let Some(row) = self.row(slot) else { return };
-        let old = self.write(slot, &row, |ledger, _| {
-            let seat = self.seats.take();
+        let old = self.write(slot, &row, |ledger, out| {
+            let Some(seat) = self.seats.take() else {
+                // Slowly, but as surely.
+                ledger.sweep(out.runs);
+                *ledger = ledger.reborn(&self.config, ledger.seat());
+                return None;
+            };
             let new = ledger.reborn(&self.config, seat);
             self.change_view(|view| view.change(slot, |row| row.seat = seat));
-            std::mem::replace(ledger, new)
+            Some(std::mem::replace(ledger, new))
         });
-        self.retire(old);
+        if let Some(old) = old {
+            self.sweeper.sweep(old);
+        }
     }
 
     fn set_count_mode(&self, slot: PodSlot, mode: CountMode) {
@@ -385,10 +391,10 @@ impl BlockIndex for RunIndex {
     fn holders(&self, keys: &[RequestKey], block: usize) -> Vec<PodSlot> {
         let mut slots = Vec::new();
         loop {
-            let moment = self.seats.moment();
+            let moment = self.moment();
             let snapshot = self.runs.load();
             if let Ok(seats) = snapshot.holders_of(keys, block)
-                && self.seats.moment() == moment
+                && self.moment() == moment
             {
                 slots.extend(seats.into_iter().map(|seat| snapshot.view.slot(seat)));
                 break;
@@ -426,6 +432,6 @@ impl RunIndex {
         let old = std::mem::replace(&mut *ledger, new);
         row.bytes.store(0, Ordering::Relaxed);
         drop(ledger);
-        self.retire(old);
+        self.sweeper.sweep(old);
     }
 }

@@ -4,6 +4,9 @@
 //! keeps a tombstone, so a reader that meets a writer still finds every run that stays. A table
 //! that fills up is copied into a new one, which the readers' snapshot then names.
 
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::model::RequestKey;
@@ -103,7 +106,7 @@ impl Load {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::collections::BTreeMap;
 

@@ -32,7 +32,7 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicU32, AtomicU64, Ordering},
+    atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
 
 use arc_swap::{ArcSwap, Guard};
@@ -338,6 +338,8 @@ pub(crate) struct Runs {
     words: Mutex<Space>,
     free: Mutex<Free>,
     heads: [Mutex<Load>; SHARDS],
+    /// Changes before a chunk comes into use where an older one was.
+    moment: AtomicU64,
 }
 
 /// Numbers of runs that are not in use.
@@ -384,11 +386,17 @@ impl Runs {
             words: Mutex::default(),
             free: Mutex::default(),
             heads: std::array::from_fn(|_| Mutex::default()),
+            moment: AtomicU64::new(0),
         }
     }
 
     pub(crate) fn load(&self) -> Guard<Arc<Snapshot>> {
         self.snapshot.load()
+    }
+
+    /// Equal moments: an older snapshot has no chunk in whose place there is another one by now.
+    pub(super) fn moment(&self) -> u64 {
+        self.moment.load(Ordering::SeqCst)
     }
 
     /// Swaps the snapshot for a changed one.
@@ -476,7 +484,9 @@ impl Runs {
             // Under the lock: whoever gets the next grain finds its chunk.
             let chunk = zeros(CHUNK as usize);
             self.replace(|snapshot| put(&mut snapshot.words, grain / GRAINS, chunk));
+            self.moment.fetch_add(1, Ordering::SeqCst);
         }
+        taken_over();
         grain * GRAIN
     }
 
@@ -497,7 +507,9 @@ impl Runs {
                 put(&mut snapshot.owners, grain / GRAINS, owners);
                 put(&mut snapshot.blocks, grain / GRAINS, chunk);
             });
+            self.moment.fetch_add(1, Ordering::SeqCst);
         }
+        taken_over();
         grain * GRAIN
     }
 
@@ -685,6 +697,12 @@ impl Runs {
     }
 }
 
+/// What is written from now on into storage that was another run's: a reader of that run who sees
+/// it sees the run's newer version, too. The fence of [`seqlock::lock`] came before the taking.
+fn taken_over() {
+    fence(Ordering::Release);
+}
+
 fn put<T>(chunks: &mut Vec<Option<T>>, at: u32, chunk: T) {
     let at = at as usize;
     if chunks.len() <= at {
@@ -794,6 +812,7 @@ impl Locked<'_> {
             // A chain that grows by the block gets room for some more.
             let more = needed.max(length / 8 / GRAIN);
             if lock(&self.runs.blocks).take_at((base + room) / GRAIN, more) {
+                taken_over();
                 self.own(base + room, more * GRAIN);
                 room += more * GRAIN;
                 self.put(ROOM, pack(room, position));

@@ -35,16 +35,17 @@ impl Seats {
     /// Of a row that is gone; nothing is written for it.
     pub(super) const NONE: Seat = Seat::MAX;
 
-    /// The lowest free seat: sets of seats are as wide as the highest one.
-    pub(super) fn take(&self) -> Seat {
+    /// The lowest free seat: sets of seats are as wide as the highest one. `None` when all are
+    /// taken, by rows or by past lives that are still to be swept.
+    pub(super) fn take(&self) -> Option<Seat> {
         let mut free = lock(&self.free);
         if let Some(seat) = free.freed.pop_first() {
             self.moment.fetch_add(1, Ordering::SeqCst);
-            return seat;
+            return Some(seat);
         }
         let seat = free.next;
-        free.next = free.next.saturating_add(1);
-        seat
+        free.next = seat.checked_add(1)?;
+        Some(seat)
     }
 
     fn give(&self, seat: Seat) {
