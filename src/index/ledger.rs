@@ -667,10 +667,12 @@ impl Ledger {
     }
 
     fn forget_name(&mut self, block: Block, out: Shared<'_>) {
-        if self.own.is_empty() {
-            return;
+        if !self.own.is_empty() {
+            self.forget_name_in(out.runs.owner(block), block);
         }
-        let (run, _) = out.runs.place_of(block);
+    }
+
+    fn forget_name_in(&mut self, run: RunId, block: Block) {
         if let Some(own) = self.own.get_mut(&run)
             && let Some(key) = own.keys.get_mut((block - own.base) as usize)
             && *key != 0
@@ -682,6 +684,13 @@ impl Ledger {
                 self.own.remove(&run);
             }
         }
+    }
+
+    fn note_removed(&mut self, key: RequestKey, sequence: u64) {
+        if self.removed.len() == REMOVED_HISTORY {
+            self.removed.pop_front();
+        }
+        self.removed.push_back((key, sequence));
     }
 
     /// Counts and places one engine block. Returns whether its key lay elsewhere.
@@ -878,22 +887,8 @@ impl Ledger {
                 }
                 // Before the block may go: its name is how the map knows the key.
                 self.plain.remove(key, block);
-                if !self.own.is_empty()
-                    && let Some(own) = self.own.get_mut(&run.id())
-                    && let Some(name) = own.keys.get_mut(at as usize)
-                    && *name != 0
-                {
-                    *name = 0;
-                    own.used -= 1;
-                    self.named -= 1;
-                    if own.used == 0 {
-                        self.own.remove(&run.id());
-                    }
-                }
-                if self.removed.len() == REMOVED_HISTORY {
-                    self.removed.pop_front();
-                }
-                self.removed.push_back((run.key(at), remove.sequence));
+                self.forget_name_in(run.id(), block);
+                self.note_removed(run.key(at), remove.sequence);
             }
             run.save(id, &line);
         });
@@ -922,10 +917,7 @@ impl Ledger {
         }
         if let Some(place) = occupied.remove().place {
             for &key in place.whole() {
-                if self.removed.len() == REMOVED_HISTORY {
-                    self.removed.pop_front();
-                }
-                self.removed.push_back((key, remove.sequence));
+                self.note_removed(key, remove.sequence);
             }
             self.lift(at, &place, &[(remove.tier, 1)], out);
         }

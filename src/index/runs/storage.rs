@@ -31,7 +31,7 @@
 //! chunked; chunks appear and go by swapping the [`Snapshot`].
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
+    Arc, Mutex,
     atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
 
@@ -41,7 +41,7 @@ use smallvec::SmallVec;
 use super::{
     cover::{Line, LineId, Seat, Word, leading},
     heads::{self, Load, SHARDS, Table},
-    seqlock,
+    lock, seqlock,
     space::{GRAINS, Space, Taken},
     view::View,
 };
@@ -93,10 +93,6 @@ fn split(word: u64) -> (u32, u32) {
     ((word >> 32) as u32, word as u32)
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 type Words = Arc<[AtomicU64]>;
 
 fn zeros(count: usize) -> Words {
@@ -122,7 +118,7 @@ impl Snapshot {
     }
 
     fn key(&self, block: Block) -> Option<&AtomicU64> {
-        self.blocks.get((block / CHUNK) as usize)?.as_ref()?.get((block % CHUNK) as usize)
+        self.keys(block, 1)?.first()
     }
 
     /// The engine keys beside blocks of one run; absent when the chunk is newer than the snapshot.
@@ -138,8 +134,7 @@ impl Snapshot {
 
     /// The engine key beside a block; absent when the chunk is newer than the snapshot.
     pub(crate) fn engine_key(&self, block: Block) -> Option<EngineKey> {
-        let chunk = self.blocks.get((block / CHUNK) as usize)?.as_ref()?;
-        let key = chunk.get((CHUNK + block % CHUNK) as usize)?;
+        let key = self.engine_keys(block, 1)?.first()?;
         Some(EngineKey(key.load(Ordering::Relaxed)))
     }
 
@@ -1074,16 +1069,10 @@ impl Locked<'_> {
         };
         match found {
             Ok(at) => self.put_line(at, word),
-            Err(at) => {
-                self.insert(at, word);
-                let many = split(self.get(LINES)).0 as usize > FEW;
-                if many && word.is_full(length) && id.is_plain() {
-                    self.gather();
-                }
-                return;
-            }
+            Err(at) => self.insert(at, word),
         }
-        if id.is_plain() && word.is_full(length) && split(self.get(LINES)).0 as usize > FEW {
+        let many = split(self.get(LINES)).0 as usize > FEW;
+        if many && id.is_plain() && word.is_full(length) {
             self.gather();
         }
     }

@@ -3,13 +3,13 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
 };
 
-use super::{cover::Seat, storage::Runs};
+use super::{cover::Seat, lock, storage::Runs};
 use crate::index::ledger::Ledger;
 
 /// Which seats are free.
@@ -25,10 +25,6 @@ struct Free {
     freed: BTreeSet<Seat>,
     /// Never used from here on.
     next: Seat,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Seats {
