@@ -100,6 +100,31 @@ pub struct Store<'a> {
     pub at: Instant,
 }
 
+impl<'a> Store<'a> {
+    /// A store on the GPU that arrives now, without adapter, extra inputs or attention group.
+    #[must_use]
+    pub fn simple(
+        keys: &'a [EngineKey],
+        parent: Option<EngineKey>,
+        tokens: &'a [u32],
+        block_size: u32,
+    ) -> Self {
+        Self {
+            keys,
+            parent,
+            tokens,
+            block_size,
+            lora: None,
+            extras: Extras::default(),
+            salt: None,
+            group: None,
+            kind: None,
+            tier: TierTable::GPU,
+            at: Instant::now(),
+        }
+    }
+}
+
 /// One `BlockRemoved` event.
 #[derive(Clone, Copy, Debug)]
 pub struct Remove<'a> {

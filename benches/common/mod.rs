@@ -4,11 +4,11 @@
 
 pub(crate) mod baseline;
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use kv_indexer::{
     hash::{Algorithm, Prompt, Scheme},
-    index::{BlockIndex, Extras, PodSpec, Remove, Store},
+    index::{BlockIndex, PodSpec, Remove, Store},
     model::{CountMode, EngineKey, PodSlot, RequestKey, TierTable},
     wire::encode::{Batch, BlockRemoved, BlockStored, Event, Form, Hash, Tokens},
 };
@@ -61,22 +61,7 @@ pub(crate) fn store(
     parent: Option<EngineKey>,
     tokens: &[u32],
 ) {
-    index.store(
-        slot,
-        &Store {
-            keys,
-            parent,
-            tokens,
-            block_size: BLOCK,
-            lora: None,
-            extras: Extras::default(),
-            salt: None,
-            group: None,
-            kind: None,
-            tier: TierTable::GPU,
-            at: Instant::now(),
-        },
-    );
+    index.store(slot, &Store::simple(keys, parent, tokens, BLOCK));
 }
 
 pub(crate) fn remove(index: &dyn BlockIndex, slot: PodSlot, keys: &[EngineKey]) {

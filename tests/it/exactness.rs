@@ -3,13 +3,11 @@
 //! oracle, alone and with other pods that hold the same prompts, since blocks of many holders lie
 //! otherwise than those of few.
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{ops::Range, sync::Arc};
 
 use kv_indexer::{
     hash::{Algorithm, Prompt, Scheme},
-    index::{
-        BlockIndex, Extras, IndexConfig, PodSpec, Remove, Store, naive::NaiveIndex, runs::RunIndex,
-    },
+    index::{BlockIndex, IndexConfig, PodSpec, Remove, Store, naive::NaiveIndex, runs::RunIndex},
     model::{CountMode, EngineKey, PodSlot, RequestKey, TierTable},
 };
 
@@ -77,22 +75,10 @@ impl Rig {
 
     fn store_as(&self, pod: PodSlot, chain: &Chain, blocks: Range<usize>, names: &[EngineKey]) {
         let size = BLOCK as usize;
-        let stored = self.index.store(
-            pod,
-            &Store {
-                keys: &names[blocks.clone()],
-                parent: blocks.start.checked_sub(1).map(|parent| names[parent]),
-                tokens: &chain.tokens[blocks.start * size..blocks.end * size],
-                block_size: BLOCK,
-                lora: None,
-                extras: Extras::default(),
-                salt: None,
-                group: None,
-                kind: None,
-                tier: TierTable::GPU,
-                at: Instant::now(),
-            },
-        );
+        let parent = blocks.start.checked_sub(1).map(|parent| names[parent]);
+        let tokens = &chain.tokens[blocks.start * size..blocks.end * size];
+        let store = Store::simple(&names[blocks.clone()], parent, tokens, BLOCK);
+        let stored = self.index.store(pod, &store);
         assert_eq!(stored.placed as usize, blocks.len(), "{stored:?}");
     }
 

@@ -10,7 +10,6 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     hash::{Algorithm, Prompt, Scheme},
-    index::Extras,
     model::{EngineKey, GroupKind},
 };
 
@@ -25,19 +24,7 @@ fn spec() -> PodSpec {
 }
 
 fn store<'a>(keys: &'a [EngineKey], parent: Option<EngineKey>, tokens: &'a [u32]) -> Store<'a> {
-    Store {
-        keys,
-        parent,
-        tokens,
-        block_size: SIZE,
-        lora: None,
-        extras: Extras::default(),
-        salt: None,
-        group: None,
-        kind: None,
-        tier: TierTable::GPU,
-        at: Instant::now(),
-    }
+    Store::simple(keys, parent, tokens, SIZE)
 }
 
 /// A prompt with its keys; the engine's are named by pod, if they differ.
@@ -313,19 +300,7 @@ fn wide() -> PodSpec {
 
 /// A store at the start of a prompt.
 fn whole<'a>(keys: &'a [EngineKey], tokens: &'a [u32]) -> Store<'a> {
-    Store {
-        keys,
-        parent: None,
-        tokens,
-        block_size: 4,
-        lora: None,
-        extras: Extras::default(),
-        salt: None,
-        group: None,
-        kind: None,
-        tier: TierTable::GPU,
-        at: Instant::now(),
-    }
+    Store::simple(keys, None, tokens, 4)
 }
 
 /// Stores `blocks` blocks that nobody else has; returns how many were refused.

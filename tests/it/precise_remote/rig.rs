@@ -1,10 +1,6 @@
 //! A real service over a real index, and an endpoint picker's side of it.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use kv_indexer::{
     epp::{
@@ -15,7 +11,7 @@ use kv_indexer::{
         },
     },
     hash::{Algorithm, Prompt, Scheme},
-    index::{Extras, IndexConfig, Store, runs::RunIndex},
+    index::{IndexConfig, Store, runs::RunIndex},
     indexer::{
         ApiConfig,
         metrics::ScoreMetrics,
@@ -133,19 +129,8 @@ impl Server {
     pub(crate) fn store(&self, row: &Row, tokens: &[u32]) {
         let keys: Vec<EngineKey> =
             query(tokens).prompts[0].iter().map(|k| EngineKey(k.0)).collect();
-        let store = Store {
-            keys: &keys,
-            parent: None,
-            tokens: &tokens[..keys.len() * BLOCK as usize],
-            block_size: BLOCK,
-            lora: None,
-            extras: Extras::default(),
-            salt: None,
-            group: None,
-            kind: None,
-            tier: TierTable::GPU,
-            at: Instant::now(),
-        };
+        let tokens = &tokens[..keys.len() * BLOCK as usize];
+        let store = Store::simple(&keys, None, tokens, BLOCK);
         assert_eq!(self.fleet.index().store(row.slot, &store).placed as usize, keys.len());
     }
 }
