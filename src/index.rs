@@ -268,8 +268,8 @@ pub trait BlockIndex: Send + Sync + std::fmt::Debug {
     fn set_muted(&self, slot: PodSlot, muted: bool);
     /// Drops orphans that arrived before `before`; returns how many blocks.
     fn expire_orphans(&self, slot: PodSlot, before: Instant) -> usize;
-    /// Marks `keys` as expected on the row, under a caller-chosen mark. A later store of a key
-    /// confirms it, which ends every mark on it.
+    /// Marks `keys`, the leading blocks of a prompt, as expected on the row, under a caller-chosen
+    /// mark. A later store of a key confirms it, which ends every mark on it.
     fn speculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64);
     /// Takes back what is left of a mark.
     fn unspeculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64);

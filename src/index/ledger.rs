@@ -26,7 +26,10 @@
 
 use std::{
     collections::{HashMap, VecDeque, hash_map},
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use smallvec::SmallVec;
@@ -42,7 +45,7 @@ use crate::{
         runs::{Block, Line, LineId, Locked, PIN, Path, RunId, Runs, Seat, Segment, Snapshot},
         slots::KeyHash,
     },
-    model::{CountMode, EngineKey, GroupKind, PodSlot, RequestKey, TierId, TierTable},
+    model::{CountMode, EngineKey, GroupKind, RequestKey, TierId, TierTable},
 };
 
 /// Dense number of an attention group within a row.
@@ -59,12 +62,11 @@ const REMOVED_HISTORY: usize = 4096;
 /// Engine block sizes remembered.
 const MAX_BLOCK_SIZES: usize = 8;
 
-/// What the ledgers of all rows share.
+/// Where a ledger writes: the runs of all rows, and its row's marks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shared<'a> {
     pub(crate) runs: &'a Runs,
     pub(crate) marks: &'a Marks,
-    pub(crate) slot: PodSlot,
 }
 
 /// An attention group and what it asks.
@@ -354,13 +356,14 @@ impl Ledger {
             Some(Cursor::root(root, store.salt))
         };
         let mut placed = Vec::new();
+        let mut confirmed = false;
         if let Some(cursor) = cursor {
             if !self.block_sizes.contains(&store.block_size)
                 && self.block_sizes.len() < MAX_BLOCK_SIZES
             {
                 self.block_sizes.push(store.block_size);
             }
-            outcome.conflicting = self.lay_all(store, group, cursor, out);
+            (outcome.conflicting, confirmed) = self.lay_all(store, group, cursor, out);
             if !self.orphans.is_empty() {
                 placed.extend_from_slice(store.keys);
             }
@@ -389,7 +392,9 @@ impl Ledger {
         if !placed.is_empty() {
             outcome.attached = self.attach(&placed, out);
         }
-        self.confirm(store.keys, part, out);
+        if !confirmed {
+            self.confirm(store.keys, part, out);
+        }
         outcome
     }
 
@@ -429,14 +434,15 @@ impl Ledger {
         attached
     }
 
-    /// Lays the blocks of a dense store behind `cursor`. Returns how many keys lay elsewhere.
+    /// Lays the blocks of a dense store behind `cursor`. Returns how many keys lay elsewhere, and
+    /// whether the marks on all of its blocks have been ended.
     fn lay_all(
         &mut self,
         store: &Store<'_>,
         group: Group,
         mut cursor: Cursor,
         out: Shared<'_>,
-    ) -> u32 {
+    ) -> (u32, bool) {
         let scheme = Arc::clone(&self.spec.scheme);
         let size = scheme.block_size();
         let part = group.part;
@@ -460,13 +466,19 @@ impl Ledger {
             };
             let last;
             (done, last, conflicting) = self.store_plain(store.keys, &path, store.tier, group, out);
-            if done < store.keys.len() {
-                cursor = from;
-                if done > 0 {
-                    let position = cursor.position + done as u32 * size;
-                    cursor = Cursor { position, ..Cursor::root(content[done - 1], None) };
-                    cursor.at = last;
+            if done == store.keys.len() {
+                self.scratch = scratch;
+                let confirmed = conflicting == 0;
+                if confirmed {
+                    out.marks.confirm(&content, out.runs);
                 }
+                return (conflicting, confirmed);
+            }
+            cursor = from;
+            if done > 0 {
+                let position = cursor.position + done as u32 * size;
+                cursor = Cursor { position, ..Cursor::root(content[done - 1], None) };
+                cursor.at = last;
             }
         }
         let tokens = store.tokens.chunks_exact(store.block_size as usize);
@@ -482,7 +494,7 @@ impl Ledger {
         }
         self.scratch = scratch;
         self.unpin_all(transient, out);
-        conflicting
+        (conflicting, false)
     }
 
     /// Makes sure that the request blocks of an engine block that ends at token `end` lie
@@ -646,7 +658,14 @@ impl Ledger {
         let beside = snapshot.engine_keys(segment.first, segment.count).unwrap_or_default();
         for (at, &key) in keys.iter().take(segment.count as usize).enumerate() {
             let block = segment.first + at as u32;
-            if beside.get(at).is_some_and(|name| name.load(Ordering::Relaxed) == key.0) {
+            // Marks create blocks that nobody has named yet.
+            let named = |name: &AtomicU64| {
+                let (order, zero) = (Ordering::Relaxed, 0);
+                name.load(order) == key.0
+                    || (name.load(order) == zero
+                        && name.compare_exchange(zero, key.0, order, order).is_ok())
+            };
+            if beside.get(at).is_some_and(named) {
                 continue;
             }
             let (run, base) = out.runs.place_of(block);
@@ -1067,15 +1086,13 @@ impl Ledger {
         if !out.marks.any() {
             return;
         }
+        let mut held: Vec<RequestKey> = Vec::new();
         for place in keys.iter().filter_map(|&key| self.place_in((key, part), out)) {
-            for &key in place.whole() {
-                out.marks.unmark(key, out.slot, None);
-            }
+            held.extend_from_slice(place.whole());
             let head = place.odd.as_ref().and_then(|odd| odd.head).map(RequestKey);
-            if let Some(head) = head.filter(|&head| self.joints.is_held(head)) {
-                out.marks.unmark(head, out.slot, None);
-            }
+            held.extend(head.filter(|&head| self.joints.is_held(head)));
         }
+        out.marks.confirm(&held, out.runs);
     }
 
     /// Brings the facts of the joints that a prefix is part of up to date.

@@ -1,105 +1,176 @@
-//! Speculative marks: which router expects which block on which row.
+//! Speculative marks of one row: which blocks a router expects there, and who says so.
+//!
+//! # Model
+//!
+//! Marked blocks lie in the runs as held ones do, under the row's *mark seat*, so that a lookup
+//! meets them on its way. Here is what the runs do not say: which marks each of them has. Marks
+//! belong to the row, not to a life of it: its mark seat stays through clears.
+//!
+//! # Cost
+//!
+//! A probe per block and call, and a write of the run for those that were not marked; some 60
+//! bytes for each marked block, beside its place in the runs.
 
 use std::{
-    collections::HashSet,
-    sync::atomic::{AtomicUsize, Ordering},
+    collections::HashMap,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
-use dashmap::{DashMap, Entry};
 use smallvec::SmallVec;
 
 use crate::{
-    index::slots::KeyHash,
-    model::{PodSlot, RequestKey},
+    index::{
+        runs::{Block, LineId, Locked, MARK, Path, Runs, Seat, Segment},
+        slots::KeyHash,
+    },
+    model::RequestKey,
 };
 
-/// The rows on which a block is expected, each with the marks that say so. A hot prefix has few
-/// rows and may have thousands of marks.
-type Expected = SmallVec<[(PodSlot, HashSet<u64, KeyHash>); 1]>;
-
 /// See the module's documentation.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Marks {
-    blocks: DashMap<RequestKey, Expected, KeyHash>,
+    line: LineId,
+    /// Blocks with marks, for a look without the lock.
     count: AtomicUsize,
+    blocks: Mutex<HashMap<RequestKey, Marked, KeyHash>>,
 }
 
-/// The blocks of a prompt that are expected on a row.
-#[derive(Clone, Debug)]
-pub(crate) struct Marked {
-    pub(crate) slot: PodSlot,
-    /// Bit by block of the prompt.
-    pub(crate) blocks: Vec<u64>,
+#[derive(Debug)]
+struct Marked {
+    block: Block,
+    /// Ascending. A hot prefix may have thousands; the newest is the greatest, mostly.
+    marks: SmallVec<[u64; 2]>,
 }
 
 impl Marks {
+    /// Of a row with this mark seat.
+    pub(crate) fn new(seat: Seat) -> Self {
+        let line = LineId::new(seat, MARK, 0);
+        Self { line, count: AtomicUsize::new(0), blocks: Mutex::default() }
+    }
+
     pub(crate) fn any(&self) -> bool {
         self.count.load(Ordering::Relaxed) > 0
     }
 
-    pub(crate) fn mark(&self, key: RequestKey, slot: PodSlot, mark: u64) {
-        let mut rows = self.blocks.entry(key).or_default();
-        let at = rows.iter().position(|(marked, _)| *marked == slot).unwrap_or_else(|| {
-            rows.push((slot, HashSet::default()));
-            rows.len() - 1
+    /// Marks the leading blocks of a prompt.
+    pub(crate) fn mark(&self, keys: &[RequestKey], mark: u64, runs: &Runs) {
+        let mut blocks = self.lock();
+        let (mut at, mut after) = (0, None);
+        while let Some(key) = keys.get(at) {
+            if let Some(marked) = blocks.get_mut(key) {
+                if let Err(place) = marked.marks.binary_search(&mark) {
+                    marked.marks.insert(place, mark);
+                }
+                after = Some(marked.block);
+                at += 1;
+                continue;
+            }
+            let unmarked = keys[at..].iter().take_while(|key| !blocks.contains_key(key)).count();
+            let path = Path {
+                after,
+                position: at as u32,
+                keys: &keys[at..at + unmarked],
+                engine: None,
+            };
+            let hold = |run: &mut Locked<'_>, from, to| {
+                let mut line = run.load(self.line);
+                line.set(from, to);
+                run.save(self.line, &line);
+                true
+            };
+            let mut segments: SmallVec<[Segment; 4]> = SmallVec::new();
+            let laid = runs.lay(&path, self.line.seat(), hold, &mut segments);
+            if laid == 0 {
+                break;
+            }
+            let laid_at = segments.iter().flat_map(|it| it.first..it.first + it.count);
+            for (&key, block) in path.keys.iter().zip(laid_at) {
+                blocks.insert(key, Marked { block, marks: SmallVec::from_elem(mark, 1) });
+                after = Some(block);
+            }
+            at += laid;
+        }
+        self.count.store(blocks.len(), Ordering::Relaxed);
+    }
+
+    /// Takes one mark off blocks.
+    pub(crate) fn unmark(&self, keys: &[RequestKey], mark: u64, runs: &Runs) {
+        self.end(keys, runs, |marked| {
+            if let Ok(at) = marked.marks.binary_search(&mark) {
+                marked.marks.remove(at);
+            }
+            marked.marks.is_empty()
         });
-        if rows[at].1.insert(mark) {
-            self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes every mark off blocks.
+    pub(crate) fn confirm(&self, keys: &[RequestKey], runs: &Runs) {
+        if self.any() {
+            self.end(keys, runs, |_| true);
         }
     }
 
-    /// Takes one mark off a row's expectation of a block, or all of them.
-    pub(crate) fn unmark(&self, key: RequestKey, slot: PodSlot, mark: Option<u64>) {
-        let Entry::Occupied(mut marks) = self.blocks.entry(key) else { return };
-        let rows = marks.get_mut();
-        let Some(at) = rows.iter().position(|(marked, _)| *marked == slot) else { return };
-        let own = &mut rows[at].1;
-        let before = own.len();
-        match mark {
-            Some(mark) => {
-                own.remove(&mark);
+    /// Takes every mark off the row.
+    pub(crate) fn forget(&self, runs: &Runs) {
+        let mut blocks = self.lock();
+        let mut last = None;
+        for (_, marked) in blocks.drain() {
+            // Once a run is swept its blocks may be another run's, where there is nothing to sweep.
+            let run = runs.owner(marked.block);
+            if last != Some(run) {
+                runs.sweep(run, self.line.seat());
+                last = Some(run);
             }
-            None => own.clear(),
         }
-        self.count.fetch_sub(before - own.len(), Ordering::Relaxed);
-        if own.is_empty() {
-            rows.swap_remove(at);
-        }
-        if rows.is_empty() {
-            marks.remove();
-        }
+        self.count.store(0, Ordering::Relaxed);
     }
 
-    /// Takes every mark off a row.
-    pub(crate) fn forget(&self, slot: PodSlot) {
-        let keys: Vec<RequestKey> = self
-            .blocks
-            .iter()
-            .filter(|marks| marks.iter().any(|(marked, _)| *marked == slot))
-            .map(|marks| *marks.key())
-            .collect();
+    /// Forgets the blocks of which `is_over` says that no mark is left.
+    fn end(
+        &self,
+        keys: &[RequestKey],
+        runs: &Runs,
+        mut is_over: impl FnMut(&mut Marked) -> bool,
+    ) {
+        let mut blocks = self.lock();
+        // Blocks that follow one another within a run go together.
+        let mut pending: Option<Segment> = None;
         for key in keys {
-            self.unmark(key, slot, None);
-        }
-    }
-
-    /// The rows on which blocks of a prompt are expected.
-    pub(crate) fn of(&self, keys: &[RequestKey]) -> Vec<Marked> {
-        let mut found: Vec<Marked> = Vec::new();
-        if !self.any() {
-            return found;
-        }
-        for (block, key) in keys.iter().enumerate() {
-            let Some(rows) = self.blocks.get(key) else { continue };
-            for &(slot, _) in rows.iter() {
-                let at = found.iter().position(|marked| marked.slot == slot);
-                let at = at.unwrap_or_else(|| {
-                    found.push(Marked { slot, blocks: vec![0; keys.len().div_ceil(64)] });
-                    found.len() - 1
-                });
-                found[at].blocks[block / 64] |= 1 << (block % 64);
+            let Some(marked) = blocks.get_mut(key) else { continue };
+            if !is_over(marked) {
+                continue;
+            }
+            let block = marked.block;
+            blocks.remove(key);
+            match &mut pending {
+                Some(segment)
+                    if segment.first + segment.count == block
+                        && runs.owner(segment.first) == runs.owner(block) =>
+                {
+                    segment.count += 1;
+                }
+                other => {
+                    if let Some(segment) = other.replace(Segment { first: block, count: 1 }) {
+                        self.unset(segment, runs);
+                    }
+                }
             }
         }
-        found
+        if let Some(segment) = pending {
+            self.unset(segment, runs);
+        }
+        self.count.store(blocks.len(), Ordering::Relaxed);
+    }
+
+    fn unset(&self, segment: Segment, runs: &Runs) {
+        runs.change(segment.first, self.line, |line, at| line.unset(at, at + segment.count));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<RequestKey, Marked, KeyHash>> {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

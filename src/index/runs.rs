@@ -43,8 +43,8 @@ use std::{
 use arc_swap::ArcSwap;
 
 pub(crate) use self::{
-    cover::{Line, LineId, Seat},
-    storage::{Block, Locked, PIN, Path, RunId, Runs, Segment, Snapshot},
+    cover::{Line, LineId, MARKS, Seat},
+    storage::{Block, Locked, MARK, PIN, Path, RunId, Runs, Segment, Snapshot},
 };
 use self::{
     quick::{Sink, Unanswered},
@@ -70,7 +70,6 @@ pub struct RunIndex {
     runs: Arc<Runs>,
     seats: Arc<Seats>,
     sweeper: Sweeper,
-    marks: Marks,
     rows: ArcSwap<Rows>,
     /// Serializes changes of the rows.
     changing: Mutex<()>,
@@ -86,6 +85,8 @@ struct Row {
     /// Tokens per request block.
     block_size: u32,
     ledger: Mutex<Ledger>,
+    /// Of the slot, whatever row it has.
+    marks: Arc<Marks>,
     /// Of the ledger, estimated.
     bytes: AtomicU64,
     /// Blocks that may be stored before the cap is looked at again.
@@ -111,7 +112,6 @@ impl RunIndex {
             sweeper: Sweeper::new(Arc::clone(&runs), Arc::clone(&seats)),
             runs,
             seats,
-            marks: Marks::default(),
             rows: ArcSwap::default(),
             changing: Mutex::default(),
             registering: Mutex::default(),
@@ -132,12 +132,13 @@ impl RunIndex {
         }
     }
 
-    fn new_row(&self, spec: PodSpec) -> Option<(Arc<Row>, RowView)> {
+    fn new_row(&self, spec: PodSpec, marks: Arc<Marks>) -> Option<(Arc<Row>, RowView)> {
         let block_size = spec.scheme.block_size();
         let seat = self.seats.take()?;
         let ledger = Mutex::new(Ledger::new(spec, &self.config, seat));
         let view = RowView { seat, block_size, muted: false, parts: Arc::default() };
-        let row = Row { block_size, ledger, bytes: AtomicU64::new(0), spare: AtomicU64::new(0) };
+        let (bytes, spare) = (AtomicU64::new(0), AtomicU64::new(0));
+        let row = Row { block_size, ledger, marks, bytes, spare };
         Some((Arc::new(row), view))
     }
 
@@ -154,12 +155,11 @@ impl RunIndex {
     /// Runs `write` on the row's ledger and notes its bytes.
     fn write<T>(
         &self,
-        slot: PodSlot,
         row: &Row,
         write: impl FnOnce(&mut Ledger, Shared<'_>) -> T,
     ) -> T {
         let mut ledger = lock(&row.ledger);
-        let result = write(&mut ledger, Shared { runs: &self.runs, marks: &self.marks, slot });
+        let result = write(&mut ledger, Shared { runs: &self.runs, marks: &row.marks });
         row.bytes.store(ledger.bytes(), Ordering::Relaxed);
         result
     }
@@ -170,7 +170,7 @@ impl RunIndex {
         write: impl FnOnce(&mut Ledger, Shared<'_>) -> T,
     ) -> Option<T> {
         let rows = self.rows.load();
-        Some(self.write(slot, rows.get(slot.0 as usize)?.as_deref()?, write))
+        Some(self.write(rows.get(slot.0 as usize)?.as_deref()?, write))
     }
 
     fn change_view(&self, change: impl FnOnce(&mut View)) {
@@ -246,12 +246,12 @@ impl RunIndex {
             let moment = self.moment();
             let snapshot = self.runs.load();
             let mut answer = Err(Unanswered::Hard);
-            if !question.tiers && snapshot.view.hybrid.is_empty() && !self.marks.any() {
+            if !question.tiers && snapshot.view.hybrid.is_empty() {
                 answer = quick::along(&snapshot, question, keys, out);
             }
             if let Err(Unanswered::Hard) = answer {
                 out.truncate(0);
-                answer = match Walk::along(&snapshot, question, keys, self.marks.of(keys)) {
+                answer = match Walk::along(&snapshot, question, keys) {
                     Ok(walk) => {
                         take(&walk, out);
                         Ok(())
@@ -281,10 +281,11 @@ impl BlockIndex for RunIndex {
         let _registering = lock(&self.registering);
         let rows = self.rows.load();
         let free = rows.iter().position(Option::is_none).unwrap_or(rows.len());
-        if free >= self.config.max_pods {
+        if free >= self.config.max_pods.min(usize::from(MARKS) - 1) {
             return None;
         }
-        let (slot, (row, view)) = (PodSlot(free as u32), self.new_row(spec)?);
+        let marks = Arc::new(Marks::new(MARKS + free as Seat));
+        let (slot, (row, view)) = (PodSlot(free as u32), self.new_row(spec, marks)?);
         self.change_view(|all| all.put(slot, Some(view)));
         self.put(slot, Some(row));
         Some(slot)
@@ -292,7 +293,7 @@ impl BlockIndex for RunIndex {
 
     fn respec(&self, slot: PodSlot, spec: PodSpec) {
         let Some(old) = self.row(slot) else { return };
-        let Some((row, view)) = self.new_row(spec.clone()) else {
+        let Some((row, view)) = self.new_row(spec.clone(), Arc::clone(&old.marks)) else {
             // Its own seat will do, once nothing is left on it.
             self.clear(slot);
             let mut ledger = lock(&old.ledger);
@@ -307,7 +308,7 @@ impl BlockIndex for RunIndex {
     fn unregister(&self, slot: PodSlot) {
         let Some(old) = self.row(slot) else { return };
         self.change_view(|all| all.put(slot, None));
-        self.marks.forget(slot);
+        old.marks.forget(&self.runs);
         self.end(&old);
         // Last, so that the slot is not given out again before every trace of it is gone.
         self.put(slot, None);
@@ -322,7 +323,7 @@ impl BlockIndex for RunIndex {
             let refused = store.keys.len() as u32;
             return StoreOutcome { refused, ..StoreOutcome::default() };
         }
-        self.write(slot, row, |ledger, out| {
+        self.write(row, |ledger, out| {
             if ledger.seat() == Seats::NONE {
                 return StoreOutcome::default();
             }
@@ -340,7 +341,7 @@ impl BlockIndex for RunIndex {
 
     fn clear(&self, slot: PodSlot) {
         let Some(row) = self.row(slot) else { return };
-        let old = self.write(slot, &row, |ledger, out| {
+        let old = self.write(&row, |ledger, out| {
             let Some(seat) = self.seats.take() else {
                 // Slowly, but as surely.
                 ledger.sweep(out.runs);
@@ -369,14 +370,14 @@ impl BlockIndex for RunIndex {
     }
 
     fn speculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
-        for key in keys {
-            self.marks.mark(*key, slot, mark);
+        if let Some(row) = self.row(slot) {
+            row.marks.mark(keys, mark, &self.runs);
         }
     }
 
     fn unspeculate(&self, slot: PodSlot, keys: &[RequestKey], mark: u64) {
-        for key in keys {
-            self.marks.unmark(*key, slot, Some(mark));
+        if let Some(row) = self.row(slot) {
+            row.marks.unmark(keys, mark, &self.runs);
         }
     }
 

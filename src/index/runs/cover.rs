@@ -13,10 +13,13 @@
 use smallvec::SmallVec;
 
 use super::space::words;
-use crate::index::ledger::Part;
+use crate::{index::ledger::Part, model::PodSlot};
 
 /// Number under which one life of a row is written in runs.
 pub(crate) type Seat = u16;
+/// Seats from here on are *mark seats*: this offset plus the row's slot. A row has one for all its
+/// lives, so that marks outlive a clear; its lines come behind those of every life.
+pub(crate) const MARKS: Seat = 1 << 15;
 
 /// Names a line within its run, and sorts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,6 +36,11 @@ impl LineId {
 
     pub(crate) fn part(self) -> Part {
         (self.0 >> 8) as Part
+    }
+
+    /// The row of a line of marks.
+    pub(super) fn marked_slot(self) -> PodSlot {
+        PodSlot(u32::from(self.seat().wrapping_sub(MARKS)))
     }
 
     pub(crate) fn tag(self) -> u8 {

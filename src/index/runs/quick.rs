@@ -1,45 +1,65 @@
-//! The lookup that nearly every lookup is: rows with full attention only, without marks, whose
-//! lines are spans.
+//! The lookup that nearly every lookup is: rows with full attention only.
 //!
 //! Depths are written into the caller's buffer as rows leave the set of those that hold everything
-//! so far. Whatever does not fit (a bitmap under other tiers, a row that goes on after a run that
-//! it holds in several tiers) is left to [`walk`](super::walk), which knows everything.
+//! on the GPU so far. A row of which more must be known (other tiers, speculative marks) is
+//! *carried*: its depths and its weight are added up run by run. Whatever does not fit (several
+//! groups, depths by tier, tiers that weigh more than the GPU) is left to [`walk`](super::walk),
+//! which knows everything.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use smallvec::SmallVec;
 
 use super::{
-    cover::{Seat, Word},
-    storage::{Found, Outdated, PIN, Snapshot},
+    cover::{LineId, MARKS, Seat, Word},
+    storage::{Found, Holders, MARK, Outdated, PIN, Snapshot},
     view::Seats,
     walk::Question,
 };
 use crate::{
     index::Match,
-    model::{PodSlot, TierTable},
+    model::{PodSlot, RequestKey, TierTable},
 };
+
+/// What a lookup finds of a row.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Depths {
+    /// Leading blocks that are held or marked.
+    pub(super) depth: u32,
+    /// Leading blocks that are held.
+    pub(super) confirmed: u32,
+    /// Leading blocks that are marked.
+    pub(super) speculative: u32,
+    /// Weight of `depth`.
+    pub(super) score: f64,
+}
+
+impl Depths {
+    /// All of one tier, without marks.
+    fn plain(depth: u32, score: f64) -> Self {
+        Self { depth, confirmed: depth, speculative: 0, score }
+    }
+}
 
 /// Takes what a lookup finds.
 pub(super) trait Sink {
-    /// A row holds `depth` leading blocks, which weigh `score` in all.
-    fn found(&mut self, slot: PodSlot, depth: u32, score: f64);
+    fn found(&mut self, slot: PodSlot, depths: Depths);
     /// How much it has taken.
     fn len(&self) -> usize;
     /// Gives back what it has taken since there was `len` of it.
     fn truncate(&mut self, len: usize);
     /// Takes 64 rows of one depth with slots in a row.
-    fn found_all(&mut self, first: PodSlot, depth: u32, score: f64) {
+    fn found_all(&mut self, first: PodSlot, depths: Depths) {
         for slot in first.0..first.0 + 64 {
-            self.found(PodSlot(slot), depth, score);
+            self.found(PodSlot(slot), depths);
         }
     }
 }
 
 impl Sink for Vec<(PodSlot, u32)> {
     #[inline]
-    fn found(&mut self, slot: PodSlot, depth: u32, _: f64) {
-        self.push((slot, depth));
+    fn found(&mut self, slot: PodSlot, depths: Depths) {
+        self.push((slot, depths.depth));
     }
 
     fn len(&self) -> usize {
@@ -50,16 +70,16 @@ impl Sink for Vec<(PodSlot, u32)> {
         Self::truncate(self, len);
     }
 
-    fn found_all(&mut self, first: PodSlot, depth: u32, _: f64) {
-        self.extend((first.0..first.0 + 64).map(|slot| (PodSlot(slot), depth)));
+    fn found_all(&mut self, first: PodSlot, depths: Depths) {
+        self.extend((first.0..first.0 + 64).map(|slot| (PodSlot(slot), depths.depth)));
     }
 }
 
 impl Sink for Vec<Match> {
     #[inline]
-    fn found(&mut self, slot: PodSlot, depth: u32, score: f64) {
-        let (tiers, speculative) = (Vec::new(), 0);
-        self.push(Match { slot, depth, confirmed: depth, score, tiers, speculative });
+    fn found(&mut self, slot: PodSlot, depths: Depths) {
+        let Depths { depth, confirmed, speculative, score } = depths;
+        self.push(Match { slot, depth, confirmed, score, tiers: Vec::new(), speculative });
     }
 
     fn len(&self) -> usize {
@@ -93,6 +113,28 @@ enum Read {
     Hard,
 }
 
+/// A row of which the set of active ones does not say enough. It goes on while its depth is where
+/// the walk is.
+#[derive(Clone, Copy, Debug)]
+struct Carried {
+    seat: Seat,
+    depths: Depths,
+}
+
+/// Blocks of a run that one tier holds, and what each weighs; marks are a tier of their own.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    from: u32,
+    to: u32,
+    weight: f64,
+    marked: bool,
+}
+
+type Pieces = SmallVec<[Piece; 8]>;
+
+/// Pieces of one row and run at most; a row with more holes is left to the walk.
+const MOST_PIECES: usize = 64;
+
 struct Quick<'a, S> {
     snapshot: &'a Snapshot,
     question: &'a Question,
@@ -104,27 +146,28 @@ struct Quick<'a, S> {
 pub(super) fn along(
     snapshot: &Snapshot,
     question: &Question,
-    keys: &[crate::model::RequestKey],
+    keys: &[RequestKey],
     out: &mut impl Sink,
 ) -> Result<(), Unanswered> {
     let gpu = question.weights[usize::from(TierTable::GPU.0)];
-    if question.weights.iter().any(|&other| other > gpu) {
+    if question.weights.iter().any(|&other| other > gpu) || question.speculative_weight > gpu {
         return Err(Unanswered::Hard);
     }
     let mut quick = Quick { snapshot, question, gpu, out };
     let mut next: Seats = SmallVec::new();
     let mut active: Seats = SmallVec::new();
+    let mut carried: SmallVec<[Carried; 4]> = SmallVec::new();
     let mut at = 0;
     while let Some(found) = snapshot.find(&keys[at..])? {
-        let before = quick.out.len();
+        let (before, carried_before) = (quick.out.len(), carried.clone());
         let simple = if at == 0 { &snapshot.view.simple } else { &active };
-        let ends = at + found.common as usize == keys.len();
-        let read = quick.read(&found, at as u32, ends, simple, &mut next);
+        let read = quick.read(&found, at as u32, simple, &mut next, &mut carried);
         if !Snapshot::is_consistent(&found) || matches!(read, Read::Torn) {
             if matches!(read, Read::Torn) && Snapshot::is_consistent(&found) {
                 return Err(Unanswered::Outdated);
             }
             quick.out.truncate(before);
+            carried = carried_before;
             continue;
         }
         if matches!(read, Read::Hard) {
@@ -132,27 +175,44 @@ pub(super) fn along(
         }
         std::mem::swap(&mut active, &mut next);
         at += found.common as usize;
-        if at == keys.len() || active.iter().all(|&word| word == 0) {
+        if at == keys.len() || (carried.is_empty() && active.iter().all(|&word| word == 0)) {
             break;
         }
     }
     quick.all(&active, at as u32);
+    for row in carried {
+        quick.leave(row);
+    }
     Ok(())
 }
 
 impl<S: Sink> Quick<'_, S> {
-    /// Reads one run, and leaves in `next` the rows that hold all of it as far as the keys go.
+    /// Reads one run, and leaves in `next` the rows that hold all of it on the GPU as far as the
+    /// keys go, and in `carried` the others that go on.
     #[inline]
     fn read(
         &mut self,
         found: &Found<'_>,
         at: u32,
-        ends: bool,
         active: &Seats,
         next: &mut Seats,
+        carried: &mut SmallVec<[Carried; 4]>,
     ) -> Read {
         let Some(holders) = self.snapshot.holders(found) else { return Read::Torn };
         let common = found.common;
+        let (lines, marks) = holders.split();
+        let unmarked;
+        let mut active = active;
+        if !marks.is_empty() || !carried.is_empty() {
+            let mut left = active.clone();
+            self.start_carrying(marks, at, &mut left, carried);
+            unmarked = left;
+            active = &unmarked;
+            let read = self.carry(&holders, at, common, carried);
+            if !matches!(read, Read::Done) {
+                return read;
+            }
+        }
         next.clear();
         next.resize(active.len(), 0);
         for ((next, set), active) in next.iter_mut().zip(holders.set).zip(active) {
@@ -163,7 +223,6 @@ impl<S: Sink> Quick<'_, S> {
         if at > 0 {
             told.resize(active.len(), 0);
         }
-        let lines = holders.lines;
         let mut line = 0;
         while let Some(word) = load(lines, line) {
             let seat = word.id().seat();
@@ -191,25 +250,27 @@ impl<S: Sink> Quick<'_, S> {
                     (common, f64::NAN)
                 } else {
                     match self.union(&lines[first..line], common) {
-                        Some(held) => held,
-                        None => return Read::Hard,
+                        Ok(held) => held,
+                        Err(read) => return read,
                     }
                 }
             };
-            match held {
-                (depth, score) if depth == common && score.is_nan() => next[place] |= bit,
-                // Mixed tiers to the end of the run: only if the keys end there too.
-                (depth, score) if depth < common || ends => {
-                    let score = if score.is_nan() { f64::from(depth) * self.gpu } else { score };
-                    if at + depth > 0 {
-                        let before = f64::from(at) * self.gpu;
-                        self.out.found(self.snapshot.view.slot(seat), at + depth, before + score);
-                    }
-                    if at > 0 {
-                        told[place] |= bit;
-                    }
-                }
-                _ => return Read::Hard,
+            let (depth, score) = held;
+            // Tiers of the GPU's weight are as good.
+            let full = score.is_nan() || score == f64::from(common) * self.gpu;
+            if depth == common && full {
+                next[place] |= bit;
+                continue;
+            }
+            if at > 0 {
+                told[place] |= bit;
+            }
+            let score = if score.is_nan() { f64::from(depth) * self.gpu } else { score };
+            let depths = Depths::plain(at + depth, f64::from(at) * self.gpu + score);
+            if depth == common {
+                carried.push(Carried { seat, depths });
+            } else {
+                self.leave(Carried { seat, depths });
             }
         }
         if at > 0 {
@@ -222,8 +283,9 @@ impl<S: Sink> Quick<'_, S> {
     }
 
     /// What the lines of one row hold of a run's first blocks, and its weight; not a number where
-    /// the GPU holds all of it. `None` for what takes a closer look.
-    fn union(&self, lines: &[AtomicU64], common: u32) -> Option<(u32, f64)> {
+    /// the GPU holds all of it.
+    #[inline]
+    fn union(&self, lines: &[AtomicU64], common: u32) -> Result<(u32, f64), Read> {
         if let [first, second] = lines {
             let load = |line: &AtomicU64| Word(line.load(Ordering::Relaxed));
             let (first, second) = (load(first), load(second));
@@ -235,71 +297,159 @@ impl<S: Sink> Quick<'_, S> {
                 // What the GPU holds comes first, the other tier goes on, or does not.
                 let gpu = to.min(common);
                 if gpu == common {
-                    return Some((common, f64::NAN));
+                    return Ok((common, f64::NAN));
                 }
                 let goes_on = from <= gpu && gpu < end;
                 let depth = if goes_on { end.min(common) } else { gpu };
                 let other = self.question.weights[usize::from(second.id().tag())];
-                return Some((depth, f64::from(gpu) * self.gpu + f64::from(depth - gpu) * other));
+                return Ok((depth, f64::from(gpu) * self.gpu + f64::from(depth - gpu) * other));
             }
         }
-        let weight = |word: Word| self.question.weights[usize::from(word.id().tag() & 15)];
-        let lines: SmallVec<[Word; 4]> = lines
-            .iter()
-            .map(|line| Word(line.load(Ordering::Relaxed)))
-            .filter(|line| line.id().part() != PIN)
-            .collect();
-        let first = *lines.first()?;
-        if lines.len() == 1 && first.id().is_plain() {
-            let depth = match first.value() {
-                Ok((0, to)) => to,
-                Ok(_) => 0,
-                Err(address) => self.snapshot.bitmap(address)?.0,
-            };
-            return Some((depth.min(common), f64::NAN));
+        if let Some(first) = load(lines, 0)
+            && first.id().is_plain()
+            && first.is_full(common)
+        {
+            // Other tiers of what the heaviest one holds are of no account.
+            return Ok((common, f64::NAN));
         }
-        // Other tiers of what the heaviest one holds are of no account.
-        if first.id().is_plain() && first.is_full(common) {
-            return Some((common, f64::NAN));
+        let mut pieces = Pieces::new();
+        for line in lines {
+            self.pieces(Word(line.load(Ordering::Relaxed)), common, &mut pieces)?;
         }
-        let (mut depth, mut score) = (0, 0.0);
-        while depth < common {
-            let (mut best, mut until) = (f64::NEG_INFINITY, common);
-            for &line in &lines {
-                let (from, to) = line.value().ok()?;
-                if line.id().part() != 0 || line.id().tag() > 15 {
-                    return None;
+        Ok(covered(&pieces, common, |_| true))
+    }
+
+    /// Adds what a line says of the first blocks of a run.
+    fn pieces(&self, line: Word, common: u32, pieces: &mut Pieces) -> Result<(), Read> {
+        let id = line.id();
+        let marked = id.part() == MARK;
+        let weight = match (id.part(), id.tag()) {
+            (PIN, _) => return Ok(()),
+            (MARK, _) => self.question.speculative_weight,
+            (0, tag @ 0..16) => self.question.weights[usize::from(tag)],
+            _ => return Err(Read::Hard),
+        };
+        match line.value() {
+            Ok((from, to)) => pieces.push(Piece { from, to: to.min(common), weight, marked }),
+            Err(address) => {
+                let Some((_, words)) = self.snapshot.bitmap(address) else {
+                    return Err(Read::Torn);
+                };
+                let held = |block: u32| {
+                    words.get(block as usize / 64).is_some_and(|word| {
+                        word.load(Ordering::Relaxed) >> (block % 64) & 1 == 1
+                    })
+                };
+                let mut from = 0;
+                while from < common {
+                    let to = (from..common).find(|&block| !held(block)).unwrap_or(common);
+                    if from < to {
+                        pieces.push(Piece { from, to, weight, marked });
+                    }
+                    if pieces.len() > MOST_PIECES {
+                        return Err(Read::Hard);
+                    }
+                    from = (to..common).find(|&block| held(block)).unwrap_or(common);
                 }
-                if from <= depth && depth < to {
-                    best = best.max(weight(line));
-                    until = until.min(to);
-                } else if from > depth {
-                    until = until.min(from);
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries the active rows that a run has marks for.
+    fn start_carrying(
+        &self,
+        marks: &[AtomicU64],
+        at: u32,
+        active: &mut Seats,
+        carried: &mut SmallVec<[Carried; 4]>,
+    ) {
+        for mark in marks {
+            let id = Word(mark.load(Ordering::Relaxed)).id();
+            let Some(row) = self.snapshot.view.row(id.marked_slot()) else { continue };
+            let (place, bit) = (usize::from(row.seat) / 64, 1u64 << (row.seat % 64));
+            if active.get(place).is_some_and(|active| active & bit != 0) {
+                active[place] &= !bit;
+                let depths = Depths::plain(at, f64::from(at) * self.gpu);
+                carried.push(Carried { seat: row.seat, depths });
+            }
+        }
+    }
+
+    /// Takes the carried rows over a run. Those that it ends for leave.
+    fn carry(
+        &mut self,
+        holders: &Holders<'_>,
+        at: u32,
+        common: u32,
+        carried: &mut SmallVec<[Carried; 4]>,
+    ) -> Read {
+        let (lines, marks) = holders.split();
+        let mut kept = 0;
+        for row in 0..carried.len() {
+            let mut row = carried[row];
+            let mut pieces = Pieces::new();
+            if holders.is_member(row.seat) {
+                pieces.push(Piece { from: 0, to: common, weight: self.gpu, marked: false });
+            }
+            let slot = self.snapshot.view.slot(row.seat);
+            for (lines, seat) in [(lines, row.seat), (marks, MARKS.wrapping_add(slot.0 as Seat))] {
+                let first = lines.partition_point(|line| {
+                    Word(line.load(Ordering::Relaxed)).id() < LineId::new(seat, 0, 0)
+                });
+                for line in &lines[first..] {
+                    let line = Word(line.load(Ordering::Relaxed));
+                    if line.id().seat() != seat {
+                        break;
+                    }
+                    if let Err(read) = self.pieces(line, common, &mut pieces) {
+                        return read;
+                    }
                 }
             }
-            if best == f64::NEG_INFINITY {
-                break;
+            let depths = &mut row.depths;
+            let (depth, score) = covered(&pieces, common, |_| true);
+            depths.depth += depth;
+            depths.score += if score.is_nan() { f64::from(depth) * self.gpu } else { score };
+            if depths.confirmed == at {
+                depths.confirmed += covered(&pieces, common, |piece| !piece.marked).0;
             }
-            score += f64::from(until - depth) * best;
-            depth = until;
+            if depths.speculative == at {
+                depths.speculative += covered(&pieces, common, |piece| piece.marked).0;
+            }
+            if depth == common {
+                carried[kept] = row;
+                kept += 1;
+            } else {
+                self.leave(row);
+            }
         }
-        Some((depth, score))
+        carried.truncate(kept);
+        Read::Done
+    }
+
+    /// The walk is over for a row.
+    #[inline]
+    fn leave(&mut self, row: Carried) {
+        if row.depths.depth > 0 {
+            self.out.found(self.snapshot.view.slot(row.seat), row.depths);
+        }
     }
 
     /// The rows of one word of a set have one depth.
     #[inline]
     fn word(&mut self, place: usize, seats: u64, depth: u32) {
-        let score = f64::from(depth) * self.gpu;
+        let depths = Depths::plain(depth, f64::from(depth) * self.gpu);
         let first = (place * 64) as Seat;
         if seats == u64::MAX && self.snapshot.view.in_order {
-            self.out.found_all(PodSlot(u32::from(first)), depth, score);
+            self.out.found_all(PodSlot(u32::from(first)), depths);
             return;
         }
         let mut left = seats;
         while left != 0 {
             let seat = first + left.trailing_zeros() as Seat;
             left &= left - 1;
-            self.out.found(self.snapshot.view.slot(seat), depth, score);
+            self.out.found(self.snapshot.view.slot(seat), depths);
         }
     }
 
@@ -310,6 +460,29 @@ impl<S: Sink> Quick<'_, S> {
             }
         }
     }
+}
+
+/// How many leading blocks the pieces that `count` cover, and what these weigh: each as much as
+/// the heaviest piece that has it.
+fn covered(pieces: &Pieces, common: u32, counts: impl Fn(&Piece) -> bool) -> (u32, f64) {
+    let (mut depth, mut score) = (0, 0.0);
+    while depth < common {
+        let (mut best, mut until) = (f64::NEG_INFINITY, common);
+        for piece in pieces.iter().filter(|piece| counts(piece)) {
+            if piece.from <= depth && depth < piece.to {
+                best = best.max(piece.weight);
+                until = until.min(piece.to);
+            } else if piece.from > depth {
+                until = until.min(piece.from);
+            }
+        }
+        if best == f64::NEG_INFINITY {
+            break;
+        }
+        score += f64::from(until - depth) * best;
+        depth = until;
+    }
+    (depth, score)
 }
 
 #[inline]

@@ -67,6 +67,8 @@ const LONGEST: u32 = 1 << 12;
 const FEW: usize = 8;
 /// Part of lines that only keep blocks where they are; lookups do not see it.
 pub(crate) const PIN: Part = Part::MAX;
+/// Part of lines that speculative marks make; only mark seats have them, and nothing else.
+pub(crate) const MARK: Part = Part::MAX - 1;
 
 /// Words of a header.
 const HEADER: usize = 8;
@@ -192,6 +194,20 @@ pub(super) struct Holders<'a> {
     pub(super) lines: &'a [AtomicU64],
 }
 
+impl<'a> Holders<'a> {
+    /// The lines of held blocks and those of marked ones, which come last.
+    pub(super) fn split(&self) -> (&'a [AtomicU64], &'a [AtomicU64]) {
+        let is_mark = |line: &AtomicU64| line.load(Ordering::Relaxed) >> 63 != 0;
+        let marks = self.lines.iter().rev().take_while(|line| is_mark(line)).count();
+        self.lines.split_at(self.lines.len() - marks)
+    }
+
+    pub(super) fn is_member(&self, seat: Seat) -> bool {
+        let word = self.set.get(usize::from(seat) / 64);
+        word.is_some_and(|set| set.load(Ordering::Relaxed) >> (seat % 64) & 1 == 1)
+    }
+}
+
 impl Snapshot {
     /// Begins to read the run that begins with `keys[0]`.
     pub(super) fn find(&self, keys: &[RequestKey]) -> Result<Option<Found<'_>>, Outdated> {
@@ -287,7 +303,7 @@ impl Snapshot {
                             })
                         }
                     };
-                    if held && line.id().part() != PIN {
+                    if held && line.id().part() < MARK {
                         seats.push(line.id().seat());
                     }
                 }

@@ -9,7 +9,11 @@ use std::{
     thread::JoinHandle,
 };
 
-use super::{cover::Seat, lock, storage::Runs};
+use super::{
+    cover::{MARKS, Seat},
+    lock,
+    storage::Runs,
+};
 use crate::index::ledger::Ledger;
 
 /// Which seats are free.
@@ -40,7 +44,10 @@ impl Seats {
             return Some(seat);
         }
         let seat = free.next;
-        free.next = seat.checked_add(1)?;
+        if seat == MARKS {
+            return None;
+        }
+        free.next += 1;
         Some(seat)
     }
 

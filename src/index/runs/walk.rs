@@ -6,18 +6,17 @@
 //! marks) are *recorded*: what they hold of each block is written down, and judged at the end.
 
 use smallvec::SmallVec;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{
     cover::{LineId, Seat, Word},
-    storage::{Found, Outdated, PIN, Snapshot},
+    storage::{Found, MARK, Outdated, PIN, Snapshot},
     view::{Parts, Seats},
 };
 use crate::{
     index::{
         Match,
         ledger::{MIXED, Part},
-        marks::Marked,
         slots::ones,
     },
     model::{PodSlot, RequestKey, TierId, TierTable},
@@ -71,12 +70,11 @@ fn add(seats: &mut Seats, seat: Seat) {
 }
 
 impl<'a> Walk<'a> {
-    /// Follows the keys to where nobody goes on. `marked` are the rows with speculative marks.
+    /// Follows the keys to where nobody goes on.
     pub(super) fn along(
         snapshot: &'a Snapshot,
         question: &'a Question,
         keys: &'a [RequestKey],
-        marked: Vec<Marked>,
     ) -> Result<Self, Outdated> {
         let view = &*snapshot.view;
         let gpu = question.weights[usize::from(TierTable::GPU.0)];
@@ -91,28 +89,16 @@ impl<'a> Walk<'a> {
             pending: Vec::new(),
             found: Vec::new(),
         };
-        if !view.hybrid.is_empty() || !marked.is_empty() {
-            for &slot in &view.hybrid {
-                walk.record(slot, 0);
-            }
-            for Marked { slot, blocks } in marked {
-                let at = walk.records.iter().position(|record| record.slot == slot);
-                let at = at.or_else(|| walk.record(slot, 0));
-                if let Some(at) = at {
-                    walk.records[at].marked = blocks;
-                }
-            }
+        for &slot in &view.hybrid {
+            walk.record(slot, 0);
         }
         walk.go()?;
         Ok(walk)
     }
 
     /// Begins to record a row that held `blocks` blocks on the GPU so far.
-    fn record(&mut self, slot: PodSlot, blocks: usize) -> Option<usize> {
-        let row = self.snapshot.view.row(slot)?;
-        if row.muted {
-            return None;
-        }
+    fn record(&mut self, slot: PodSlot, blocks: usize) {
+        let Some(row) = self.snapshot.view.row(slot) else { return };
         let seat = row.seat;
         let width = usize::from(seat) / 64 + 1;
         if self.recorded.len() < width {
@@ -132,11 +118,9 @@ impl<'a> Walk<'a> {
             block_size: row.block_size.max(1),
             parts: &row.parts,
             tags,
-            marked: Vec::new(),
             blocks,
             unbroken: blocks,
         });
-        Some(self.records.len() - 1)
     }
 
     fn go(&mut self) -> Result<(), Outdated> {
@@ -184,13 +168,19 @@ impl<'a> Walk<'a> {
         let mut left: Seats = SmallVec::new();
         let mut records = std::mem::take(&mut self.pending);
         for record in &self.records {
-            let word = holders.set.get(usize::from(record.seat) / 64);
-            let set = word.map_or(0, |set| set.load(Ordering::Relaxed));
-            if set >> (record.seat % 64) & 1 == 1 {
+            if holders.is_member(record.seat) {
                 records.push((LineId::new(record.seat, 0, 0), Piece::Span(0, common)));
             }
         }
-        let word = |at: usize| holders.lines.get(at).map(|line| Word(line.load(Ordering::Relaxed)));
+        let (lines, marks) = holders.split();
+        let mut marked: Seats = SmallVec::new();
+        if !marks.is_empty() {
+            marked.resize(self.active.len().max(self.recorded.len()), 0);
+            marks.iter().filter_map(|line| self.marked_row(line)).for_each(|(id, _)| {
+                add(&mut marked, id.seat());
+            });
+        }
+        let word = |at: usize| lines.get(at).map(|line| Word(line.load(Ordering::Relaxed)));
         let mut next = 0;
         while let Some(line) = word(next) {
             let (first, seat) = (next, line.id().seat());
@@ -218,7 +208,9 @@ impl<'a> Walk<'a> {
                 } else {
                     0
                 };
-                if gpu == common && (!several || self.gpu_is_enough) {
+                several |= has(&marked, seat);
+                let is_enough = self.gpu_is_enough && !has(&marked, seat);
+                if gpu == common && (!several || is_enough) {
                     add(&mut now, seat);
                     continue;
                 }
@@ -230,29 +222,56 @@ impl<'a> Walk<'a> {
                     }
                     continue;
                 }
-                left.resize(self.active.len(), 0);
-                add(&mut left, seat);
-                if member {
-                    records.push((LineId::new(seat, 0, 0), Piece::Span(0, common)));
-                    if let Some(word) = now.get_mut(usize::from(seat) / 64) {
-                        *word &= !(1 << (seat % 64));
-                    }
-                }
+                self.part_with(seat, common, &mut now, &mut left, &mut records);
             }
-            for line in (first..next).filter_map(word) {
-                let piece = match line.value() {
-                    _ if line.id().part() == PIN => continue,
-                    Ok((from, to)) => Piece::Span(from.min(common), to.min(common)),
-                    Err(address) => {
-                        let words = self.snapshot.bitmap(address)?.1.iter();
-                        Piece::Bits(words.map(|word| word.load(Ordering::Relaxed)).collect())
-                    }
-                };
-                records.push((line.id(), piece));
+            for line in (first..next).filter_map(word).filter(|line| line.id().part() != PIN) {
+                records.push((line.id(), self.piece(line, common)?));
             }
+        }
+        for (id, line) in marks.iter().filter_map(|line| self.marked_row(line)) {
+            if has(&self.active, id.seat()) && !has(&left, id.seat()) {
+                self.part_with(id.seat(), common, &mut now, &mut left, &mut records);
+            }
+            records.push((id, self.piece(line, common)?));
         }
         self.pending = records;
         Some((now, left))
+    }
+
+    /// An active row leaves the set of those that are walked together, without a depth: its lines
+    /// are pending.
+    fn part_with(
+        &self,
+        seat: Seat,
+        common: u32,
+        now: &mut Seats,
+        left: &mut Seats,
+        pending: &mut Vec<(LineId, Piece)>,
+    ) {
+        left.resize(self.active.len(), 0);
+        add(left, seat);
+        if has(now, seat) {
+            pending.push((LineId::new(seat, 0, 0), Piece::Span(0, common)));
+            now[usize::from(seat) / 64] &= !(1 << (seat % 64));
+        }
+    }
+
+    /// A line of marks, under the seat of the row's life, if lookups still follow that.
+    fn marked_row(&self, line: &AtomicU64) -> Option<(LineId, Word)> {
+        let line = Word(line.load(Ordering::Relaxed));
+        let seat = self.snapshot.view.row(line.id().marked_slot())?.seat;
+        let followed = has(&self.active, seat) || has(&self.recorded, seat);
+        followed.then(|| (LineId::new(seat, MARK, 0), line))
+    }
+
+    fn piece(&self, line: Word, common: u32) -> Option<Piece> {
+        Some(match line.value() {
+            Ok((from, to)) => Piece::Span(from.min(common), to.min(common)),
+            Err(address) => {
+                let words = self.snapshot.bitmap(address)?.1.iter();
+                Piece::Bits(words.map(|word| word.load(Ordering::Relaxed)).collect())
+            }
+        })
     }
 
     /// Takes in what [`read`](Self::read) returned, now that it is known to belong together.
@@ -334,8 +353,6 @@ struct Record<'a> {
     parts: &'a Parts,
     /// By part, then by block; blocks beyond are not held.
     tags: SmallVec<[(Part, Vec<Tags>); 1]>,
-    /// Bit by block.
-    marked: Vec<u64>,
     /// Recorded so far.
     blocks: usize,
     /// Leading blocks that full attention holds or that are marked.
@@ -387,7 +404,7 @@ impl Record<'_> {
     }
 
     fn is_marked(&self, block: usize) -> bool {
-        self.marked.get(block / 64).is_some_and(|word| word >> (block % 64) & 1 == 1)
+        self.tags(block, MARK) != 0
     }
 
     fn tags(&self, block: usize, part: Part) -> Tags {
