@@ -70,12 +70,8 @@ impl Marks {
                 continue;
             }
             let unmarked = keys[at..].iter().take_while(|key| !blocks.contains_key(key)).count();
-            let path = Path {
-                after,
-                position: at as u32,
-                keys: &keys[at..at + unmarked],
-                engine: None,
-            };
+            let path =
+                Path { after, position: at as u32, keys: &keys[at..at + unmarked], engine: None };
             let hold = |run: &mut Locked<'_>, from, to| {
                 let mut line = run.load(self.line);
                 line.set(from, to);
@@ -130,12 +126,7 @@ impl Marks {
     }
 
     /// Forgets the blocks of which `is_over` says that no mark is left.
-    fn end(
-        &self,
-        keys: &[RequestKey],
-        runs: &Runs,
-        mut is_over: impl FnMut(&mut Marked) -> bool,
-    ) {
+    fn end(&self, keys: &[RequestKey], runs: &Runs, mut is_over: impl FnMut(&mut Marked) -> bool) {
         let mut blocks = self.lock();
         // Blocks that follow one another within a run go together.
         let mut pending: Option<Segment> = None;

@@ -153,11 +153,7 @@ impl RunIndex {
     }
 
     /// Runs `write` on the row's ledger and notes its bytes.
-    fn write<T>(
-        &self,
-        row: &Row,
-        write: impl FnOnce(&mut Ledger, Shared<'_>) -> T,
-    ) -> T {
+    fn write<T>(&self, row: &Row, write: impl FnOnce(&mut Ledger, Shared<'_>) -> T) -> T {
         let mut ledger = lock(&row.ledger);
         let result = write(&mut ledger, Shared { runs: &self.runs, marks: &row.marks });
         row.bytes.store(ledger.bytes(), Ordering::Relaxed);

@@ -336,9 +336,9 @@ impl<S: Sink> Quick<'_, S> {
                     return Err(Read::Torn);
                 };
                 let held = |block: u32| {
-                    words.get(block as usize / 64).is_some_and(|word| {
-                        word.load(Ordering::Relaxed) >> (block % 64) & 1 == 1
-                    })
+                    words
+                        .get(block as usize / 64)
+                        .is_some_and(|word| word.load(Ordering::Relaxed) >> (block % 64) & 1 == 1)
                 };
                 let mut from = 0;
                 while from < common {

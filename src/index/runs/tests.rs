@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     hash::{Algorithm, Prompt, Scheme},
-    model::{EngineKey, GroupKind},
+    model::{EngineKey, GroupKind, TierId},
 };
 
 const SIZE: u32 = 1;
@@ -45,27 +45,74 @@ impl Prompted {
     }
 }
 
-/// What a row holds, by prompt key.
+/// Tiers of the test, by bit: the GPU, and one that weighs less.
+const TIERS: [TierId; 2] = [TierTable::GPU, TierId(1)];
+
+/// What a row holds, and what is expected on it, by prompt key.
 #[derive(Clone, Debug, Default)]
-struct Model {
-    rows: BTreeMap<u32, BTreeSet<RequestKey>>,
+struct Held {
+    tiers: BTreeMap<RequestKey, u8>,
+    marks: BTreeMap<RequestKey, BTreeSet<u64>>,
 }
 
-impl Model {
-    fn depths(&self, keys: &[RequestKey]) -> Vec<(PodSlot, u32)> {
-        let depth = |held: &BTreeSet<RequestKey>| {
-            keys.iter().take_while(|key| held.contains(key)).count() as u32
+impl Held {
+    fn in_tier(&self, key: RequestKey, tier: usize) -> bool {
+        self.tiers.get(&key).is_some_and(|tiers| tiers >> tier & 1 == 1)
+    }
+
+    fn store(&mut self, key: RequestKey, tier: usize) {
+        *self.tiers.entry(key).or_default() |= 1 << tier;
+        self.marks.remove(&key);
+    }
+
+    fn remove(&mut self, key: RequestKey, tier: usize) {
+        if let Some(tiers) = self.tiers.get_mut(&key) {
+            *tiers &= !(1 << tier);
+            if *tiers == 0 {
+                self.tiers.remove(&key);
+            }
+        }
+    }
+
+    fn unmark(&mut self, key: RequestKey, mark: u64) {
+        if let Some(marks) = self.marks.get_mut(&key) {
+            marks.remove(&mark);
+            if marks.is_empty() {
+                self.marks.remove(&key);
+            }
+        }
+    }
+
+    fn matched(&self, slot: PodSlot, keys: &[RequestKey], weights: [f64; 2]) -> Option<Match> {
+        let held = |key: &&RequestKey| self.tiers.contains_key(key);
+        let marked = |key: &&RequestKey| self.marks.contains_key(key);
+        let depth = keys.iter().take_while(|key| held(key) || marked(key)).count();
+        let weigh = |key: &RequestKey| match self.tiers.get(key) {
+            Some(1 | 3) => weights[0],
+            _ if marked(&key) => weights[0],
+            _ => weights[1],
         };
-        let rows = self.rows.iter().map(|(&slot, held)| (PodSlot(slot), depth(held)));
-        rows.filter(|(_, depth)| *depth > 0).collect()
+        let tier = |tier: usize| {
+            let depth = keys.iter().take_while(|key| self.in_tier(**key, tier)).count() as u32;
+            (depth > 0).then_some((TIERS[tier], depth))
+        };
+        (depth > 0).then(|| Match {
+            slot,
+            depth: depth as u32,
+            confirmed: keys.iter().take_while(held).count() as u32,
+            score: keys[..depth].iter().map(weigh).sum(),
+            tiers: (0..TIERS.len()).filter_map(tier).collect(),
+            speculative: keys.iter().take_while(marked).count() as u32,
+        })
     }
 }
 
 #[derive(Clone, Debug)]
 enum Op {
-    /// Stores the prompt's blocks that the row lacks up to a length, in steps.
+    /// Stores the prompt's blocks that the row's tier lacks up to a length, in steps.
     Fill {
         row: u32,
+        tier: usize,
         prompt: usize,
         length: usize,
         step: usize,
@@ -73,15 +120,30 @@ enum Op {
     /// Evicts from the back.
     Shrink {
         row: u32,
+        tier: usize,
         prompt: usize,
         length: usize,
     },
     /// Evicts somewhere, which leaves a hole.
     Punch {
         row: u32,
+        tier: usize,
         prompt: usize,
         at: usize,
         count: usize,
+    },
+    /// Expects a prompt's leading blocks.
+    Mark {
+        row: u32,
+        prompt: usize,
+        length: usize,
+        mark: u64,
+    },
+    Unmark {
+        row: u32,
+        prompt: usize,
+        length: usize,
+        mark: u64,
     },
     Clear {
         row: u32,
@@ -93,6 +155,8 @@ impl Op {
         let (Self::Fill { row, .. }
         | Self::Shrink { row, .. }
         | Self::Punch { row, .. }
+        | Self::Mark { row, .. }
+        | Self::Unmark { row, .. }
         | Self::Clear { row }) = *self;
         row
     }
@@ -101,16 +165,22 @@ impl Op {
 const ROWS: u32 = 70;
 
 fn op() -> impl Strategy<Value = Op> {
-    let (row, prompt) = (0..ROWS, any::<usize>());
-    let length = prop_oneof![1usize..20, 1usize..400];
+    let length = || prop_oneof![1usize..20, 1usize..400];
+    let tier = || prop_oneof![4 => Just(0usize), 1 => Just(1usize)];
+    let step = prop_oneof![Just(1usize), 1usize..200];
+    let any = (0..ROWS, any::<usize>());
     prop_oneof![
-        6 => (row.clone(), prompt, length.clone(), prop_oneof![Just(1usize), 1usize..200])
-            .prop_map(|(row, prompt, length, step)| Op::Fill { row, prompt, length, step }),
-        2 => (row.clone(), prompt, length.clone())
-            .prop_map(|(row, prompt, length)| Op::Shrink { row, prompt, length }),
-        2 => (row.clone(), prompt, length, 1usize..100)
-            .prop_map(|(row, prompt, at, count)| Op::Punch { row, prompt, at, count }),
-        1 => row.prop_map(|row| Op::Clear { row }),
+        6 => (any.clone(), tier(), length(), step).prop_map(
+            |((row, prompt), tier, length, step)| Op::Fill { row, tier, prompt, length, step }),
+        2 => (any.clone(), tier(), length())
+            .prop_map(|((row, prompt), tier, length)| Op::Shrink { row, tier, prompt, length }),
+        2 => (any.clone(), tier(), length(), 1usize..100).prop_map(
+            |((row, prompt), tier, at, count)| Op::Punch { row, tier, prompt, at, count }),
+        2 => (any.clone(), length(), 0u64..4)
+            .prop_map(|((row, prompt), length, mark)| Op::Mark { row, prompt, length, mark }),
+        1 => (any.clone(), length(), 0u64..4)
+            .prop_map(|((row, prompt), length, mark)| Op::Unmark { row, prompt, length, mark }),
+        1 => any.prop_map(|(row, _)| Op::Clear { row }),
     ]
 }
 
@@ -128,90 +198,122 @@ fn prompts() -> Vec<Prompted> {
 }
 
 /// Applies an operation to a row's model and to the index.
-fn apply(
-    index: &RunIndex,
-    prompts: &[Prompted],
-    held: &mut BTreeSet<RequestKey>,
-    op: &Op,
-    salted: bool,
-) {
+fn apply(index: &RunIndex, prompts: &[Prompted], held: &mut Held, op: &Op, salted: bool) {
     let row = op.row();
     let salt = if salted { u64::from(row) << 32 } else { 0 };
     let slot = PodSlot(row);
-    let remove = |engine: &[EngineKey]| {
-        let event = Remove { keys: engine, group: None, tier: TierTable::GPU, sequence: 0 };
-        index.remove(slot, &event);
+    let remove = |engine: &[EngineKey], tier: usize| {
+        index.remove(slot, &Remove { keys: engine, group: None, tier: TIERS[tier], sequence: 0 });
     };
     match *op {
-        Op::Fill { prompt, length, step, .. } => {
+        Op::Fill { tier, prompt, length, step, .. } => {
             let prompt = &prompts[prompt % prompts.len()];
             let engine = prompt.engine(salt);
             let length = length.min(prompt.keys.len());
             let mut at = 0;
             while at < length {
-                if held.contains(&prompt.keys[at]) {
+                let lacks = |at: &usize| !held.in_tier(prompt.keys[*at], tier);
+                let lacking = (at..length).take_while(lacks).count();
+                if lacking == 0 {
                     at += 1;
                     continue;
                 }
-                let lacking = (at..length).take_while(|&b| !held.contains(&prompt.keys[b])).count();
                 let to = at + lacking.min(step);
                 let parent = at.checked_sub(1).map(|parent| engine[parent]);
-                let event = store(&engine[at..to], parent, &prompt.tokens[at..to]);
+                let event = Store {
+                    tier: TIERS[tier],
+                    ..store(&engine[at..to], parent, &prompt.tokens[at..to])
+                };
                 let outcome = index.store(slot, &event);
                 assert_eq!(outcome.placed as usize, to - at, "{op:?}");
-                held.extend(&prompt.keys[at..to]);
+                prompt.keys[at..to].iter().for_each(|&key| held.store(key, tier));
                 at = to;
             }
         }
-        Op::Shrink { prompt, length, .. } => {
+        Op::Shrink { tier, prompt, length, .. } => {
             let prompt = &prompts[prompt % prompts.len()];
             let from = length.min(prompt.keys.len());
             let mut engine = prompt.engine(salt)[from..].to_vec();
             engine.reverse();
-            remove(&engine);
-            prompt.keys[from..].iter().for_each(|key| {
-                held.remove(key);
-            });
+            remove(&engine, tier);
+            prompt.keys[from..].iter().for_each(|&key| held.remove(key, tier));
         }
-        Op::Punch { prompt, at, count, .. } => {
+        Op::Punch { tier, prompt, at, count, .. } => {
             let prompt = &prompts[prompt % prompts.len()];
             let (from, to) = (at.min(prompt.keys.len()), (at + count).min(prompt.keys.len()));
-            remove(&prompt.engine(salt)[from..to]);
-            prompt.keys[from..to].iter().for_each(|key| {
-                held.remove(key);
+            remove(&prompt.engine(salt)[from..to], tier);
+            prompt.keys[from..to].iter().for_each(|&key| held.remove(key, tier));
+        }
+        Op::Mark { prompt, length, mark, .. } => {
+            let keys = &prompts[prompt % prompts.len()].keys;
+            let keys = &keys[..length.min(keys.len())];
+            index.speculate(slot, keys, mark);
+            keys.iter().for_each(|&key| {
+                held.marks.entry(key).or_default().insert(mark);
             });
+        }
+        Op::Unmark { prompt, length, mark, .. } => {
+            let keys = &prompts[prompt % prompts.len()].keys;
+            let keys = &keys[..length.min(keys.len())];
+            index.unspeculate(slot, keys, mark);
+            keys.iter().for_each(|&key| held.unmark(key, mark));
         }
         Op::Clear { .. } => {
             index.clear(slot);
-            held.clear();
+            held.tiers.clear();
         }
     }
 }
 
+/// Holds what the index answers against the models, in its three ways.
+#[track_caller]
+fn compare(index: &RunIndex, models: &BTreeMap<u32, Held>, keys: &[RequestKey], context: &str) {
+    let all = index.config.tiers.weights();
+    let weights = [all[0], all[1]];
+    let rows = models.iter();
+    let want: Vec<Match> =
+        rows.filter_map(|(&slot, held)| held.matched(PodSlot(slot), keys, weights)).collect();
+    let (mut depths, mut matches) = (Vec::new(), Vec::new());
+    index.depths(keys, &mut depths);
+    depths.sort_unstable();
+    let plain: Vec<_> = want.iter().map(|found| (found.slot, found.depth)).collect();
+    assert_eq!(depths, plain, "depths {context}");
+    for tiers in [true, false] {
+        index.lookup(keys, tiers, &mut matches);
+        assert_eq!(matches.len(), want.len(), "rows {context}");
+        for (got, want) in matches.iter_mut().zip(&want) {
+            assert!((got.score - want.score).abs() < 1e-6, "{got:?}, not {want:?} {context}");
+            got.score = want.score;
+            if !tiers {
+                got.tiers.clone_from(&want.tiers);
+            }
+            assert_eq!(got, want, "tiers {tiers} {context}");
+        }
+    }
+}
+
+fn with_two_tiers() -> RunIndex {
+    let tiers = Arc::<TierTable>::default();
+    assert_eq!(tiers.id(Some("cpu")), TIERS[1]);
+    RunIndex::new(IndexConfig { tiers, ..IndexConfig::default() })
+}
+
 fn check(ops: &[Op], salted: bool) {
-    let index = RunIndex::new(IndexConfig::default());
-    let (prompts, mut model) = (prompts(), Model::default());
+    let index = with_two_tiers();
+    let (prompts, mut models) = (prompts(), BTreeMap::new());
     for _ in 0..ROWS {
         let slot = index.register(spec()).unwrap();
-        model.rows.insert(slot.0, BTreeSet::new());
+        models.insert(slot.0, Held::default());
     }
     for op in ops {
-        let held = model.rows.get_mut(&op.row()).unwrap();
-        apply(&index, &prompts, held, op, salted);
+        apply(&index, &prompts, models.get_mut(&op.row()).unwrap(), op, salted);
         index.sweeper.settle();
         index.runs.verify();
         for prompt in &prompts {
-            let (mut depths, mut matches) = (Vec::new(), Vec::new());
-            index.depths(&prompt.keys, &mut depths);
-            depths.sort_unstable();
-            let want = model.depths(&prompt.keys);
-            assert_eq!(depths, want, "after {op:?}");
-            index.lookup(&prompt.keys, true, &mut matches);
-            let got: Vec<_> = matches.iter().map(|found| (found.slot, found.confirmed)).collect();
-            assert_eq!(got, want, "after {op:?}");
+            compare(&index, &models, &prompt.keys, &format!("after {op:?}"));
         }
-        for (&row, held) in &model.rows {
-            assert_eq!(index.pod_usage(PodSlot(row)).blocks, held.len() as u64);
+        for (&row, held) in &models {
+            assert_eq!(index.pod_usage(PodSlot(row)).blocks, held.tiers.len() as u64);
         }
     }
     for row in 0..ROWS {
@@ -241,7 +343,7 @@ proptest! {
 
 /// Rows on threads of their own that create, extend and drop the same runs.
 fn race(lanes: u32, seed: u64) {
-    let index = RunIndex::new(IndexConfig::default());
+    let index = with_two_tiers();
     let prompts: Vec<Prompted> = {
         let part = |seed: u32, length: u32| (0..length).map(move |at| seed * 1000 + at);
         let tree = |a: u32, b: u32, c: u32| {
@@ -250,21 +352,27 @@ fn race(lanes: u32, seed: u64) {
         (0..8).map(|at| Prompted::new(tree(at & 1, at >> 1 & 1, at >> 2))).collect()
     };
     let slots: Vec<PodSlot> = (0..lanes).map(|_| index.register(spec()).unwrap()).collect();
-    let models: Vec<BTreeSet<RequestKey>> = std::thread::scope(|scope| {
+    let models: Vec<Held> = std::thread::scope(|scope| {
         let lanes: Vec<_> = slots
             .iter()
             .map(|slot| {
                 let (index, prompts) = (&index, &prompts);
                 scope.spawn(move || {
                     let mut random = fastrand::Rng::with_seed(seed ^ u64::from(slot.0) << 32);
-                    let mut held = BTreeSet::new();
+                    let mut held = Held::default();
                     for _ in 0..4000 {
                         let (row, prompt) = (slot.0, random.usize(..));
                         let length = random.usize(1..13);
-                        let op = match random.u8(0..16) {
-                            0..8 => Op::Fill { row, prompt, length, step: random.usize(1..6) },
-                            8..12 => Op::Shrink { row, prompt, length: length - 1 },
-                            12..15 => Op::Punch { row, prompt, at: length, count: 2 },
+                        let tier = usize::from(random.u8(0..4) == 0);
+                        let (at, mark) = (length, random.u64(0..3));
+                        let op = match random.u8(0..20) {
+                            0..8 => {
+                                Op::Fill { row, tier, prompt, length, step: random.usize(1..6) }
+                            }
+                            8..12 => Op::Shrink { row, tier, prompt, length: length - 1 },
+                            12..15 => Op::Punch { row, tier, prompt, at, count: 2 },
+                            15..17 => Op::Mark { row, prompt, length, mark },
+                            17..19 => Op::Unmark { row, prompt, length, mark },
                             _ => Op::Clear { row },
                         };
                         apply(index, prompts, &mut held, &op, slot.0 % 2 == 1);
@@ -276,13 +384,9 @@ fn race(lanes: u32, seed: u64) {
         lanes.into_iter().map(|lane| lane.join().unwrap()).collect()
     });
     index.runs.verify();
-    let rows = slots.iter().map(|slot| slot.0).zip(models).collect();
-    let model = Model { rows };
+    let models = slots.iter().map(|slot| slot.0).zip(models).collect();
     for prompt in &prompts {
-        let mut depths = Vec::new();
-        index.depths(&prompt.keys, &mut depths);
-        depths.sort_unstable();
-        assert_eq!(depths, model.depths(&prompt.keys), "seed {seed}");
+        compare(&index, &models, &prompt.keys, &format!("seed {seed}"));
     }
 }
 
