@@ -14,9 +14,10 @@
 //!
 //! # Cost
 //!
-//! Here 8 bytes a block, some 50 a mark and 100 a handle. In the index 60 to 110 bytes for each
-//! distinct marked block, which its cap in bytes does not count. Handles and blocks are capped; with
-//! the defaults the index's part may reach a gigabyte.
+//! Here 8 bytes a block, some 50 a mark and 100 a handle. In the index some 60 bytes for each
+//! marked block of a row, which its cap in bytes does not count, and 17 for each distinct block,
+//! which it does. Handles and blocks are capped; with the defaults the index's part may reach half
+//! a gigabyte.
 
 use std::{
     cmp::Reverse,
