@@ -42,7 +42,7 @@ use crate::{
         marks::Marks,
         orphans::{Orphan, Orphans},
         place::{Completed, Cursor, Laid, Place, PrefixId},
-        runs::{Block, Line, LineId, Locked, PIN, Path, RunId, Runs, Seat, Segment, Snapshot},
+        runs::{Block, Line, LineId, Locked, Look, PIN, Path, RunId, Runs, Seat, Segment},
         slots::KeyHash,
     },
     model::{CountMode, EngineKey, GroupKind, RequestKey, TierId, TierTable},
@@ -135,20 +135,25 @@ pub(crate) struct Ledger {
 /// The engine keys beside the blocks, and the row's own ones.
 struct Names<'a> {
     runs: &'a Runs,
-    snapshot: arc_swap::Guard<Arc<Snapshot>>,
+    look: &'a Look,
     own: &'a HashMap<RunId, Own, KeyHash>,
 }
 
 impl Names<'_> {
     fn of(&self, block: Block) -> EngineKey {
         if !self.own.is_empty()
-            && let Some(own) = self.own.get(&self.runs.owner(block))
+            && let Some(own) = self.own.get(&self.run_of(block))
             && let Some(&key) = own.keys.get((block - own.base) as usize)
             && key != 0
         {
             return EngineKey(key);
         }
-        self.snapshot.engine_key(block).unwrap_or_else(|| self.runs.engine_key(block))
+        let beside = self.look.engine_key(block);
+        beside.unwrap_or_else(|| self.runs.load().engine_key(block).unwrap_or_default())
+    }
+
+    fn run_of(&self, block: Block) -> RunId {
+        self.look.run_of(block).unwrap_or_else(|| self.runs.owner(block))
     }
 }
 
@@ -268,18 +273,22 @@ impl Ledger {
         full.into_iter().map(|(_, part)| part).collect()
     }
 
-    fn names<'a>(&'a self, out: Shared<'a>) -> Names<'a> {
-        Names { runs: out.runs, snapshot: out.runs.load(), own: &self.own }
+    fn names<'a>(&'a self, look: &'a Look, out: Shared<'a>) -> Names<'a> {
+        Names { runs: out.runs, look, own: &self.own }
     }
 
     fn find_plain(&self, key: EngineKey, out: Shared<'_>) -> Option<Block> {
-        let names = self.names(out);
+        self.find_plain_in(key, &out.runs.look(), out)
+    }
+
+    fn find_plain_in(&self, key: EngineKey, look: &Look, out: Shared<'_>) -> Option<Block> {
+        let names = self.names(look, out);
         self.plain.find(key, |block| names.of(block))
     }
 
     /// The plain key of a block.
     fn plain_of(&self, block: Block, out: Shared<'_>) -> Option<EngineKey> {
-        let key = self.names(out).of(block);
+        let key = self.names(&out.runs.look(), out).of(block);
         (self.find_plain(key, out) == Some(block)).then_some(key)
     }
 
@@ -288,12 +297,21 @@ impl Ledger {
         if let Some(entry) = self.entries.get(&at) {
             return entry.place.clone();
         }
-        let block = if at.1 == 0 { self.find_plain(at.0, out) } else { None };
-        block.map(|block| self.simple_place(block, out))
+        if at.1 != 0 {
+            return None;
+        }
+        let look = out.runs.look();
+        let block = self.find_plain_in(at.0, &look, out)?;
+        Some(self.simple_place_in(block, &look, out))
     }
 
     fn simple_place(&self, block: Block, out: Shared<'_>) -> Place {
-        let (key, number) = out.runs.describe(block);
+        self.simple_place_in(block, &out.runs.look(), out)
+    }
+
+    fn simple_place_in(&self, block: Block, look: &Look, out: Shared<'_>) -> Place {
+        let described = look.describe(block).or_else(|| out.runs.load().describe(block));
+        let (key, number) = described.unwrap_or_default();
         Place::simple(key, block, number, self.spec.scheme.block_size())
     }
 
@@ -593,8 +611,9 @@ impl Ledger {
         out: Shared<'_>,
     ) -> (usize, Option<Block>, u32) {
         let seat = self.seat;
+        let mut look = out.runs.look();
         let fresh = {
-            let names = self.names(out);
+            let names = self.names(&look, out);
             let known = |key: &EngineKey| {
                 key.0 == 0
                     || (!self.entries.is_empty() && self.entries.contains_key(&(*key, 0)))
@@ -617,16 +636,16 @@ impl Ledger {
         };
         let done = out.runs.lay(&path, seat, hold, &mut segments);
         self.by_tier[usize::from(tier.0) % TierTable::MAX] += done as u64;
+        out.runs.refresh(&mut look);
         let mut at = 0;
         for segment in &segments {
-            self.name(*segment, &keys[at..], out);
+            self.name(*segment, &keys[at..], &look);
             at += segment.count as usize;
         }
         let mut again: SmallVec<[(usize, Block); 2]> = SmallVec::new();
         let blocks = segments.iter().flat_map(|it| it.first..it.first + it.count);
         {
-            let snapshot = out.runs.load();
-            let names = Names { runs: out.runs, snapshot, own: &self.own };
+            let names = Names { runs: out.runs, look: &look, own: &self.own };
             for (at, block) in blocks.enumerate() {
                 if !self.plain.insert(keys[at], block, |block| names.of(block)) {
                     again.push((at, block));
@@ -653,9 +672,8 @@ impl Ledger {
     }
 
     /// Notes the keys of a segment where they are not the ones beside the blocks.
-    fn name(&mut self, segment: Segment, keys: &[EngineKey], out: Shared<'_>) {
-        let snapshot = out.runs.load();
-        let beside = snapshot.engine_keys(segment.first, segment.count).unwrap_or_default();
+    fn name(&mut self, segment: Segment, keys: &[EngineKey], look: &Look) {
+        let beside = look.engine_keys(segment.first, segment.count).unwrap_or_default();
         for (at, &key) in keys.iter().take(segment.count as usize).enumerate() {
             let block = segment.first + at as u32;
             // Marks create blocks that nobody has named yet.
@@ -668,7 +686,7 @@ impl Ledger {
             if beside.get(at).is_some_and(named) {
                 continue;
             }
-            let (run, base) = out.runs.place_of(block);
+            let Some((run, base)) = look.place_of(block) else { continue };
             let own = self.own.entry(run);
             let own = own.or_insert_with(|| Own { base, keys: Vec::new(), used: 0 });
             let at = (block - base) as usize;
@@ -732,9 +750,9 @@ impl Ledger {
                     if let Some(other) = self.plain_of(block, out) {
                         self.demote(other, block, out);
                     } else if !self.has_facts(block, out) {
-                        self.name(Segment { first: block, count: 1 }, &[at.0], out);
-                        let names =
-                            Names { runs: out.runs, snapshot: out.runs.load(), own: &self.own };
+                        let look = out.runs.look();
+                        self.name(Segment { first: block, count: 1 }, &[at.0], &look);
+                        let names = Names { runs: out.runs, look: &look, own: &self.own };
                         self.plain.insert(at.0, block, |block| names.of(block));
                         let id = LineId::new(self.seat, 0, tier.0);
                         out.runs.change(block, id, |line, at| line.set(at, at + 1));
@@ -845,12 +863,12 @@ impl Ledger {
         while !keys.is_empty() {
             batch.clear();
             {
-                let names = self.names(out);
+                let look = out.runs.look();
+                let names = self.names(&look, out);
                 let mut run = None;
                 for &key in keys {
                     let Some(block) = self.plain.find(key, |block| names.of(block)) else { break };
-                    let owner =
-                        names.snapshot.run_of(block).or_else(|| Some(out.runs.owner(block)));
+                    let owner = Some(names.run_of(block));
                     if run.is_some() && owner != run {
                         break;
                     }

@@ -44,7 +44,7 @@ use arc_swap::ArcSwap;
 
 pub(crate) use self::{
     cover::{Line, LineId, MARKS, Seat},
-    storage::{Block, Locked, MARK, PIN, Path, RunId, Runs, Segment, Snapshot},
+    storage::{Block, Locked, Look, MARK, PIN, Path, RunId, Runs, Segment},
 };
 use self::{
     quick::{Sink, Unanswered},

@@ -30,9 +30,12 @@
 //! A header's version guards everything of its run ([`seqlock`]). Storage is
 //! chunked; chunks appear and go by swapping the [`Snapshot`].
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicU32, AtomicU64, Ordering, fence},
+use std::{
+    ops::Deref,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    },
 };
 
 use arc_swap::{ArcSwap, Guard};
@@ -114,6 +117,22 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
+    /// The key of a block that is held, and its number in its prompt; absent when the chunk is
+    /// newer than the snapshot.
+    pub(crate) fn describe(&self, block: Block) -> Option<(RequestKey, u32)> {
+        let key = self.key(block)?.load(Ordering::Relaxed);
+        let header = self.header(self.run_of(block)?)?;
+        let base = split(header[SPAN].load(Ordering::Relaxed)).0;
+        let first = split(header[ROOM].load(Ordering::Relaxed)).1;
+        Some((RequestKey(key), first + (block - base)))
+    }
+
+    /// The run of a block that is held, and that run's first block.
+    pub(crate) fn place_of(&self, block: Block) -> Option<(RunId, Block)> {
+        let run = self.run_of(block)?;
+        Some((run, split(self.header(run)?[SPAN].load(Ordering::Relaxed)).0))
+    }
+
     fn header(&self, run: RunId) -> Option<&[AtomicU64]> {
         let chunk = self.headers.get(run as usize / HEADERS)?;
         chunk.get(run as usize % HEADERS * HEADER..)?.get(..HEADER)
@@ -339,10 +358,27 @@ fn common(run: &[AtomicU64], keys: &[RequestKey]) -> u32 {
     low as u32
 }
 
+/// A snapshot that a writer goes on using while it is the newest one: a look at the count of
+/// changes costs less than another snapshot.
+pub(crate) struct Look {
+    snapshot: Guard<Arc<Snapshot>>,
+    changes: u64,
+}
+
+impl Deref for Look {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.snapshot
+    }
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Runs {
     snapshot: ArcSwap<Snapshot>,
+    /// Snapshots before the newest one.
+    changes: AtomicU64,
     /// Serializes changes of the snapshot.
     changing: Mutex<()>,
     blocks: Mutex<Space>,
@@ -392,6 +428,7 @@ impl Runs {
         };
         Self {
             snapshot: ArcSwap::from_pointee(snapshot),
+            changes: AtomicU64::new(0),
             changing: Mutex::default(),
             blocks: Mutex::default(),
             words: Mutex::default(),
@@ -405,6 +442,19 @@ impl Runs {
         self.snapshot.load()
     }
 
+    pub(crate) fn look(&self) -> Look {
+        // In this order the snapshot is as new as the count says, or newer.
+        let changes = self.changes.load(Ordering::Acquire);
+        Look { changes, snapshot: self.load() }
+    }
+
+    /// Makes it the newest snapshot.
+    pub(crate) fn refresh(&self, look: &mut Look) {
+        if self.changes.load(Ordering::Acquire) != look.changes {
+            *look = self.look();
+        }
+    }
+
     /// Equal moments: an older snapshot has no chunk in whose place there is another one by now.
     pub(super) fn moment(&self) -> u64 {
         self.moment.load(Ordering::SeqCst)
@@ -416,6 +466,7 @@ impl Runs {
         let mut snapshot = Snapshot::clone(&self.snapshot.load());
         change(&mut snapshot);
         self.snapshot.store(Arc::new(snapshot));
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     /// Distinct keys. Costs a look at every run.
@@ -439,30 +490,6 @@ impl Runs {
             + words * u64::from(8 * GRAIN)
             + runs * (HEADER * 8) as u64
             + if runs == 0 { 0 } else { heads }
-    }
-
-    /// The key of a block that is held, and its number in its prompt.
-    pub(crate) fn describe(&self, block: Block) -> (RequestKey, u32) {
-        let describe = |snapshot: &Snapshot| {
-            let key = snapshot.key(block)?.load(Ordering::Relaxed);
-            let header = snapshot.header(snapshot.owner(block)?.load(Ordering::Relaxed))?;
-            let base = split(header[SPAN].load(Ordering::Relaxed)).0;
-            let first = split(header[ROOM].load(Ordering::Relaxed)).1;
-            Some((RequestKey(key), first + (block - base)))
-        };
-        describe(&self.load()).unwrap_or_default()
-    }
-
-    /// The run of a block, and that run's first block.
-    pub(crate) fn place_of(&self, block: Block) -> (RunId, Block) {
-        let (snapshot, run) = (self.load(), self.owner(block));
-        let header = snapshot.header(run);
-        (run, header.map_or(0, |header| split(header[SPAN].load(Ordering::Relaxed)).0))
-    }
-
-    /// The engine key beside a block.
-    pub(crate) fn engine_key(&self, block: Block) -> EngineKey {
-        self.load().engine_key(block).unwrap_or_default()
     }
 
     /// Changes what a row holds of one block, which somebody of the row's holds or pins. `change`
@@ -549,16 +576,22 @@ impl Runs {
     }
 
     fn locked(&self, run: RunId) -> Option<Locked<'_>> {
-        let snapshot = self.load();
-        let version = seqlock::lock(&snapshot.header(run)?[VERSION]);
+        self.locked_in(self.look(), run)
+    }
+
+    fn locked_in(&self, mut look: Look, run: RunId) -> Option<Locked<'_>> {
+        let version = seqlock::lock(&look.header(run)?[VERSION]);
         // Only now: who had the turn before may have put lines into a new chunk.
-        Some(Locked { runs: self, snapshot: self.load(), run, version, freed: false })
+        self.refresh(&mut look);
+        Some(Locked { runs: self, look, run, version, freed: false })
     }
 
     /// Locks the run of a block that the caller's row holds.
     fn locked_owner(&self, block: Block) -> Option<Locked<'_>> {
+        let look = self.look();
         // The owner cannot change while the block is held.
-        self.locked(self.owner(block))
+        let run = look.run_of(block)?;
+        self.locked_in(look, run)
     }
 
     /// Makes sure that every key of a path lies somewhere. `cover` is called for each segment,
@@ -572,6 +605,7 @@ impl Runs {
         segments: &mut SmallVec<[Segment; 4]>,
     ) -> usize {
         let (mut after, mut done) = (path.after, 0);
+        let mut look = self.look();
         while let Some(&key) = path.keys.get(done) {
             let rest = &path.keys[done..];
             let engine = path.engine.map(|engine| &engine[done..]);
@@ -595,7 +629,10 @@ impl Runs {
             };
             let (mut run, offset, count) = if let Some(found) = found {
                 found
-            } else if let Some(child) = self.load().head(key) {
+            } else if let Some(child) = {
+                self.refresh(&mut look);
+                look.head(key)
+            } {
                 drop(parent);
                 let Some(run) = self.locked(child) else { continue };
                 if run.get(FIRST) != key.0 || run.length() == 0 {
@@ -606,7 +643,8 @@ impl Runs {
             } else {
                 // The parent stays locked until the key is somewhere: nobody else may create it.
                 // A later key may be the first of a run that has outlived the block before it.
-                let rest = &rest[..self.load().strangers(rest)];
+                self.refresh(&mut look);
+                let rest = &rest[..look.strangers(rest)];
                 let appended = match &mut parent {
                     Some(run) if offset == run.length() => run.append(seat, rest, engine),
                     _ => 0,
@@ -646,11 +684,11 @@ impl Runs {
         let count = (keys.len() as u32).min(LONGEST);
         let base = self.take_blocks(count);
         let run = self.take_run();
-        let snapshot = self.load();
+        let mut look = self.look();
         // A number is published with its chunk, so the header is there.
-        let version = snapshot.header(run).map_or(0, |header| seqlock::lock(&header[VERSION]));
-        let snapshot = self.load();
-        let locked = Locked { runs: self, snapshot, run, version, freed: false };
+        let version = look.header(run).map_or(0, |header| seqlock::lock(&header[VERSION]));
+        self.refresh(&mut look);
+        let locked = Locked { runs: self, look, run, version, freed: false };
         let room = count.div_ceil(GRAIN) * GRAIN;
         locked.put(SPAN, pack(base, 0));
         locked.put(ROOM, pack(room, position));
@@ -666,13 +704,13 @@ impl Runs {
     fn publish(&self, run: &mut Locked<'_>, key: RequestKey) -> bool {
         let (shard, tag) = heads::place(key);
         let mut load = lock(&self.heads[shard]);
-        let snapshot = self.load();
-        if snapshot.head(key).is_some_and(|other| other != run.run) {
+        run.refresh();
+        if run.look.head(key).is_some_and(|other| other != run.run) {
             drop(load);
             run.free(false);
             return false;
         }
-        let new = load.insert(&snapshot.heads[shard], tag, run.run);
+        let new = load.insert(&run.look.heads[shard], tag, run.run);
         if let Some(table) = new {
             self.replace(|snapshot| snapshot.heads[shard] = Arc::new(table));
         }
@@ -731,7 +769,7 @@ fn drop_chunk<T>(chunks: &mut [Option<T>], at: usize) {
 /// A run whose turn to be written it is.
 pub(crate) struct Locked<'a> {
     runs: &'a Runs,
-    snapshot: Guard<Arc<Snapshot>>,
+    look: Look,
     run: RunId,
     version: u64,
     freed: bool,
@@ -739,7 +777,7 @@ pub(crate) struct Locked<'a> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        if let Some(header) = self.snapshot.header(self.run) {
+        if let Some(header) = self.look.header(self.run) {
             seqlock::unlock(&header[VERSION], self.version);
         }
         if self.freed {
@@ -750,11 +788,11 @@ impl Drop for Locked<'_> {
 
 impl Locked<'_> {
     fn get(&self, word: usize) -> u64 {
-        self.snapshot.header(self.run).map_or(0, |header| header[word].load(Ordering::Relaxed))
+        self.look.header(self.run).map_or(0, |header| header[word].load(Ordering::Relaxed))
     }
 
     fn put(&self, word: usize, value: u64) {
-        if let Some(header) = self.snapshot.header(self.run) {
+        if let Some(header) = self.look.header(self.run) {
             header[word].store(value, Ordering::Relaxed);
         }
     }
@@ -773,19 +811,19 @@ impl Locked<'_> {
     }
 
     pub(crate) fn key(&self, offset: u32) -> RequestKey {
-        let key = self.snapshot.key(self.base() + offset);
+        let key = self.look.key(self.base() + offset);
         RequestKey(key.map_or(0, |key| key.load(Ordering::Relaxed)))
     }
 
     fn common(&self, offset: u32, keys: &[RequestKey]) -> u32 {
-        let run = self.snapshot.keys(self.base() + offset, self.length() - offset);
+        let run = self.look.keys(self.base() + offset, self.length() - offset);
         run.map_or(0, |run| common(run, keys))
     }
 
     /// Claims the grains of `room` blocks.
     fn own(&self, base: Block, room: u32) {
         for block in (base..base + room).step_by(GRAIN as usize) {
-            if let Some(owner) = self.snapshot.owner(block) {
+            if let Some(owner) = self.look.owner(block) {
                 owner.store(self.run, Ordering::Relaxed);
             }
         }
@@ -795,12 +833,11 @@ impl Locked<'_> {
     fn write(&self, offset: u32, keys: &[RequestKey], engine: Option<&[EngineKey]>) {
         let base = self.base();
         let first = base + offset;
-        for (word, key) in
-            self.snapshot.keys(first, keys.len() as u32).into_iter().flatten().zip(keys)
+        for (word, key) in self.look.keys(first, keys.len() as u32).into_iter().flatten().zip(keys)
         {
             word.store(key.0, Ordering::Relaxed);
         }
-        let names = self.snapshot.engine_keys(first, keys.len() as u32).into_iter().flatten();
+        let names = self.look.engine_keys(first, keys.len() as u32).into_iter().flatten();
         for (at, name) in names.enumerate() {
             name.store(engine.map_or(0, |engine| engine[at].0), Ordering::Relaxed);
         }
@@ -841,16 +878,16 @@ impl Locked<'_> {
     // Lines.
 
     fn refresh(&mut self) {
-        self.snapshot = self.runs.load();
+        self.runs.refresh(&mut self.look);
     }
 
     fn word(&self, address: u32, at: u32) -> u64 {
-        let word = self.snapshot.words(address).and_then(|words| words.get(at as usize));
+        let word = self.look.words(address).and_then(|words| words.get(at as usize));
         word.map_or(0, |word| word.load(Ordering::Relaxed))
     }
 
     fn put_word(&self, address: u32, at: u32, value: u64) {
-        if let Some(word) = self.snapshot.words(address).and_then(|words| words.get(at as usize)) {
+        if let Some(word) = self.look.words(address).and_then(|words| words.get(at as usize)) {
             word.store(value, Ordering::Relaxed);
         }
     }
