@@ -18,6 +18,7 @@
 mod apply;
 pub mod bench;
 pub mod config;
+pub mod curve;
 pub mod discovery;
 pub mod fleet;
 mod frame;
@@ -25,6 +26,7 @@ mod lane;
 mod line;
 pub mod llmd;
 pub mod metrics;
+mod peers;
 mod publisher;
 pub mod sequencer;
 pub mod speculation;
@@ -42,6 +44,7 @@ use std::{
 pub use self::config::IngestConfig;
 use self::{
     apply::Shared,
+    curve::Keys,
     fleet::{Fleet, PodDeclaration},
     lane::Lanes,
     metrics::IngestMetrics,
@@ -120,6 +123,7 @@ impl Ingest {
         fleet: Arc<Fleet>,
         metrics: IngestMetrics,
     ) -> anyhow::Result<Self> {
+        let curve = config.curve.as_ref().map(Keys::load).transpose()?;
         let lanes = Lanes::start(config.lanes)?;
         let threads = config.lanes.max(1);
         let shared = Arc::new(Shared {
@@ -130,7 +134,7 @@ impl Ingest {
             orphan_timeout: config.orphan_timeout,
         });
         let bind = config.bind.clone();
-        let context = Arc::new(Context { config, models, shared, lanes });
+        let context = Arc::new(Context { config, models, shared, lanes, curve });
         let subscribers = (0..threads)
             .map(|number| Subscriber::start(&context, number))
             .collect::<anyhow::Result<Vec<_>>>()?;

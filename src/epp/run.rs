@@ -327,7 +327,7 @@ fn tls(
         cert_path: args.cert_path().map(Path::to_owned),
         min_version: args.tls_min_version,
         cipher_suites: args.tls_cipher_suites.usable.clone(),
-        client_ca: None,
+        ..TlsOptions::default()
     };
     let certificate = Certificate::new(&options).context("--cert-path")?;
     if args.enable_cert_reload && options.cert_path.is_some() {

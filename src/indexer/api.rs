@@ -26,6 +26,15 @@ pub struct ApiConfig {
     pub max_speculations: usize,
     /// Longest life of a speculative entry.
     pub max_speculation_ttl: Duration,
+    /// Connections at most. One address may have as many as are left over.
+    pub max_connections: usize,
+    /// A connection without a call for this long is closed.
+    pub idle_timeout: Duration,
+    /// Bytes of unfinished requests, unanswered requests of streams and untaken answers. One address
+    /// may have as many as are left over. At least two messages.
+    pub max_pending_bytes: usize,
+    /// How long a message may take from its first byte to its last.
+    pub message_timeout: Duration,
     /// Names of models.
     pub models: Models,
 }
@@ -42,6 +51,10 @@ impl Default for ApiConfig {
             max_concurrent_calls: 256,
             max_speculations: 65_536,
             max_speculation_ttl: Duration::from_secs(600),
+            max_connections: 4096,
+            idle_timeout: Duration::from_secs(600),
+            max_pending_bytes: 512 << 20,
+            message_timeout: Duration::from_secs(30),
             models: Models::default(),
         }
     }

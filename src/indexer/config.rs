@@ -32,7 +32,7 @@ use std::{
     time::Duration,
 };
 
-pub use self::serving::{GrpcTls, Tokenizers};
+pub use self::serving::{Auth, GrpcTls, Tokenizers};
 use crate::{
     indexer::ApiConfig,
     ingest::{IngestConfig, fleet::PodDeclaration},
@@ -59,6 +59,8 @@ pub struct IndexerConfig {
     pub grpc_tls: Option<GrpcTls>,
     /// Where metrics, health and configuration are served; port 0 takes a free one.
     pub admin_listen: SocketAddr,
+    /// Who may use what is not for everybody.
+    pub auth: Auth,
     /// How a log line looks.
     pub log_format: LogFormat,
     /// Log level, or directives by module. `RUST_LOG` goes before it.
@@ -96,6 +98,7 @@ impl Default for IndexerConfig {
             grpc_listen: local(50_051),
             grpc_tls: None,
             admin_listen: local(9_091),
+            auth: Auth::default(),
             log_format: LogFormat::Text,
             log_level: "info".to_owned(),
             ingest: IngestConfig {
@@ -185,6 +188,7 @@ impl IndexerConfig {
         let lists = serde_json::json!({
             "tokenizers": {"render": {}},
             "models": [{}], "pods": [{}], "kvCacheBackendConfigs": [{}],
+            "kvEventsConfig": {"curve": {}},
             "indexerConfig": {},
         });
         Self::read(lists.into(), &Flags::default()).1.asked
@@ -209,6 +213,7 @@ impl IndexerConfig {
     fn read_root(&mut self, reader: &Reader, root: Fields<'_>, flags: &Flags) {
         self.read_process(&root, flags);
         self.read_tls(&root);
+        self.read_auth(&root);
         self.read_tokenizers(&root);
         let indexer = root.mapping("indexerConfig");
         if root.is_null("indexerConfig") {
@@ -229,6 +234,7 @@ impl IndexerConfig {
         self.read_pods(reader, &root, &flags.pods, &engine);
         self.read_pods_file(&root, flags);
         self.decide_unconfigured(&events);
+        self.read_peers(&events);
         if llmd && self.ingest.bind.is_none() && !self.names_pods() && !events.has("discoverPods") {
             reader.warn(
                 "kvEventsConfig",
@@ -286,6 +292,11 @@ impl IndexerConfig {
         set(&mut out.max_pods_asked, api.integer("maxPodsAsked", 1..=1 << 20));
         set(&mut out.max_pod_id_bytes, api.integer("maxPodIdBytes", 16..=1 << 16));
         set(&mut out.max_concurrent_calls, api.integer("maxConcurrentCalls", 1..=1 << 20));
+        set(&mut out.max_connections, api.integer("maxConnections", 2..=1 << 20));
+        set(&mut out.idle_timeout, api.millis("idleTimeoutMs", 1..=24 * HOUR_MS));
+        let pending = units::bytes(api, "maxPendingBytes", 1 << 20..=1 << 40);
+        set(&mut out.max_pending_bytes, pending);
+        set(&mut out.message_timeout, api.millis("messageTimeoutMs", 1..=HOUR_MS));
         set(&mut out.max_speculations, api.integer("maxSpeculations", 0..=1 << 28));
         set(&mut out.max_speculation_ttl, api.millis("maxSpeculationTtlMs", 1..=24 * HOUR_MS));
         if let Some(pod) = self.ingest.pods.iter().find(|pod| pod.pod.len() > out.max_pod_id_bytes)

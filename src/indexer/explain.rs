@@ -25,6 +25,7 @@ use tokio_rustls::{
 };
 use tonic::{
     codegen::Service,
+    metadata::{Ascii, MetadataValue},
     transport::{Channel, Endpoint},
 };
 
@@ -32,7 +33,10 @@ use crate::{
     proto::kvindexer::{
         self as pb, kv_indexer_client::KvIndexerClient, prompt::Input as PromptInput,
     },
-    support::tls::{ClientTls, Identity, client_config_as},
+    support::{
+        access::Tokens,
+        tls::{ClientTls, Identity, client_config_as},
+    },
 };
 
 /// The pod lacks some block.
@@ -90,6 +94,9 @@ pub struct Explain {
     /// See --tls-cert.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
+    /// File with a token, for a server that wants one; the first line counts.
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
     /// How long it may take, milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 10_000)]
     pub timeout_ms: u32,
@@ -132,6 +139,10 @@ impl Explain {
                 .max_encoding_message_size(usize::MAX)
                 .max_decoding_message_size(usize::MAX);
             let request = pb::ExplainRequest { request: Some(request), pod: self.pod.clone() };
+            let mut request = tonic::Request::new(request);
+            if let Some(authorization) = self.authorization()? {
+                request.metadata_mut().insert("authorization", authorization);
+            }
             let answer = client.explain(request).await;
             let refused = |status: tonic::Status| {
                 anyhow::anyhow!("{:?}: {}", status.code(), status.message())
@@ -140,6 +151,11 @@ impl Explain {
         };
         let late = || format!("{} did not answer within {timeout:?}", self.server);
         tokio::time::timeout(timeout, asking).await.with_context(late)?
+    }
+
+    fn authorization(&self) -> anyhow::Result<Option<MetadataValue<Ascii>>> {
+        let tokens = self.token_file.as_deref().map(Tokens::read).transpose()?;
+        Ok(tokens.map(|tokens| tokens.authorization().parse()).transpose()?)
     }
 
     fn prompt(&self) -> anyhow::Result<pb::Prompt> {

@@ -16,14 +16,14 @@ pub mod llmd;
 use std::{sync::Arc, time::Duration};
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     core::{Collector, Desc},
     proto::MetricFamily,
 };
 use tonic::Code;
 
 pub use crate::ingest::metrics::FleetCollector;
-use crate::support::tls::ReloadMetrics;
+use crate::{indexer::server::gate::Refusal, support::tls::ReloadMetrics};
 
 /// A call takes some 20 µs for a short prompt and milliseconds for 100 000 tokens or a batch; what
 /// takes longer is a tokenizer or a stall. Prometheus' default buckets start at 5 ms.
@@ -44,6 +44,38 @@ pub fn reload_metrics(registry: &Registry) -> prometheus::Result<ReloadMetrics> 
     let reloads = add(registry, IntCounterVec::new(opts, &["outcome"])?)?;
     let outcome = |name| reloads.with_label_values(&[name]);
     Ok(ReloadMetrics { loaded: outcome("loaded"), failed: outcome("failed") })
+}
+
+/// Connections of the gRPC listener, and who was refused at either listener. Clones share one state.
+#[derive(Clone, Debug)]
+pub struct ServerMetrics {
+    /// Connections of the gRPC listener.
+    pub connections: IntGauge,
+    refused: IntCounterVec,
+}
+
+impl ServerMetrics {
+    /// Creates the metrics and registers them.
+    ///
+    /// # Errors
+    ///
+    /// When the registry has one already.
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let opts = Opts::new("kv_refused_total", "What callers were refused, by reason.");
+        let refused = add(registry, IntCounterVec::new(opts, &["reason"])?)?;
+        let denials = ["no_token", "wrong_token", "closed"];
+        for reason in denials.into_iter().chain(Refusal::ALL.map(Refusal::reason)) {
+            refused.with_label_values(&[reason]);
+        }
+        let connections =
+            IntGauge::new("kv_grpc_connections", "Open connections of the gRPC API.")?;
+        Ok(Self { connections: add(registry, connections)?, refused })
+    }
+
+    /// Counts a refusal.
+    pub(crate) fn refused(&self, reason: &str) {
+        self.refused.with_label_values(&[reason]).inc();
+    }
 }
 
 /// The calls that score.

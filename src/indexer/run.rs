@@ -14,12 +14,13 @@ use crate::{
         IndexerConfig,
         config::GrpcTls,
         metrics::{
-            FleetCollector, ScoreMetrics,
+            FleetCollector, ScoreMetrics, ServerMetrics,
             llmd::{self, IngestTotals, PodTotals},
             reload_metrics,
         },
         pods::{FollowedFile, Pods},
-        ready, server,
+        ready,
+        server::{self, Protection},
         service::{Parts, Service},
         speculation::Speculations,
         tokenizers,
@@ -27,10 +28,11 @@ use crate::{
     ingest::{Ingest, fleet::Fleet, metrics::IngestMetrics},
     model::RowId,
     support::{
+        access::Access,
         admin::{self, Routes},
         metrics,
         task::{Stage, Supervisor},
-        tls::{self, Certificate},
+        tls::{self, Certificate, ClientAuthority},
     },
 };
 
@@ -128,11 +130,13 @@ pub async fn run(
         tokenizer,
         stop: supervisor.stop(Stage::Serve),
     });
-    let secured = secured(&config, &registry, &mut supervisor)?;
+    let Secured { tls, grpc: access, admin: admin_access, metrics: server_metrics } =
+        secured(&config, addresses, &registry, &mut supervisor)?;
+    let protection = Protection { access, metrics: server_metrics.clone() };
     let drain = config.drain;
     let serving = ready.clone();
     supervisor.spawn(Stage::Serve, "grpc", move |stop| {
-        server::serve(grpc, secured, service, serving, stop, drain)
+        server::serve_protected(grpc, tls, service, protection, serving, stop, drain)
     });
     // Not ready any more as soon as a shutdown is asked for, some time before it begins.
     let timeout = config.ready_timeout;
@@ -162,7 +166,8 @@ pub async fn run(
     let routes = Routes::new()
         .metrics(registry)
         .readiness(move || if *state.borrow() { Ok(()) } else { Err("not ready") })
-        .config(&config.to_json());
+        .config(&config.to_json())
+        .guarded(admin_access, move |denied| server_metrics.refused(denied.reason()));
     supervisor.spawn(Stage::Observe, "admin", move |stop| async move {
         Ok(admin::serve(http, routes, admin::Limits::default(), stop).await?)
     });
@@ -170,19 +175,57 @@ pub async fn run(
     supervisor.run(config.readiness_grace, config.drain).await
 }
 
-/// TLS of the gRPC listener, with a task that follows its certificate.
+/// Who may do what at both listeners.
+struct Secured {
+    tls: Option<Arc<ServerConfig>>,
+    grpc: Access,
+    admin: Access,
+    metrics: ServerMetrics,
+}
+
+/// TLS of the gRPC listener and tokens of both, with tasks that follow their files.
 fn secured(
     config: &IndexerConfig,
+    addresses: Addresses,
     registry: &Registry,
     supervisor: &mut Supervisor,
-) -> anyhow::Result<Option<Arc<ServerConfig>>> {
-    let Some(GrpcTls { options, reload }) = &config.grpc_tls else { return Ok(None) };
+) -> anyhow::Result<Secured> {
+    let tokens = config.auth.tokens().context("auth.tokenFile")?;
+    let options = config.grpc_tls.as_ref().map(|tls| &tls.options);
+    let proved = options.is_some_and(|o| o.client_ca.is_some() && !o.client_optional);
+    let access = |at, proved| config.auth.access(tokens.as_ref(), at, proved);
+    let (grpc, admin) = (access(addresses.grpc, proved), access(addresses.admin, false));
+    for (field, access) in [("grpcListen", &grpc), ("adminListen", &admin)] {
+        if let Access::Nobody { setting } = access {
+            tracing::warn!(field, "Not on loopback and without a token: {setting} for all of it.");
+        }
+    }
+    let metrics = ServerMetrics::register(registry)?;
+    let reload = config.grpc_tls.as_ref().is_some_and(|tls| tls.reload);
+    let reload = reload && options.is_some_and(|o| o.cert_path.is_some() || o.client_ca.is_some());
+    let counters = match reload || tokens.is_some() {
+        true => Some(reload_metrics(registry)?),
+        false => None,
+    };
+    if let (Some(tokens), Some(counters)) = (tokens, counters.clone()) {
+        supervisor.spawn(Stage::Serve, "tokens", move |stop| tokens.follow(counters, stop));
+    }
+    let Some(GrpcTls { options, .. }) = &config.grpc_tls else {
+        return Ok(Secured { tls: None, grpc, admin, metrics });
+    };
     let certificate = Certificate::new(options).context("grpcTls.certPath")?;
-    if *reload && options.cert_path.is_some() {
-        let (followed, counters) = (certificate.clone(), reload_metrics(registry)?);
+    let clients = ClientAuthority::new(options).context("grpcTls.clientCa")?;
+    if let Some(counters) = counters.filter(|_| reload) {
+        if let Some(clients) = clients.clone() {
+            let counters = counters.clone();
+            supervisor
+                .spawn(Stage::Serve, "clients' CA", move |stop| clients.follow(counters, stop));
+        }
+        let followed = certificate.clone();
         supervisor.spawn(Stage::Serve, "certificate", move |stop| followed.follow(counters, stop));
     }
-    Ok(Some(tls::server_config(options, certificate).context("grpcTls")?))
+    let tls = Some(tls::server_config_with(options, certificate, clients).context("grpcTls")?);
+    Ok(Secured { tls, grpc, admin, metrics })
 }
 
 async fn listen(address: SocketAddr, field: &str) -> anyhow::Result<TcpListener> {

@@ -2,24 +2,35 @@
 
 use std::{sync::Arc, time::Duration};
 
+use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::{
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    indexer::service::Service,
+    indexer::{metrics::ServerMetrics, service::Service},
     proto::{
         DESCRIPTORS,
         kvindexer::kv_indexer_server::{self, KvIndexerServer},
         llmd::indexer_service_server::{self, IndexerServiceServer},
     },
+    support::access::Access,
 };
 
+pub(crate) mod gate;
+pub(crate) mod guard;
 mod tls;
 
-use self::tls::TlsIncoming;
+use self::{
+    gate::{Admitting, Gate, Limits},
+    guard::Guarded,
+    tls::TlsIncoming,
+};
 
 /// The services that health answers for; the empty name is the server as a whole.
 const NAMES: [&str; 3] =
@@ -28,6 +39,9 @@ const NAMES: [&str; 3] =
 /// A connection silent for this long is pinged, and given up when the answer takes as long again:
 /// a router that vanished without a FIN must not hold streams for ever.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Bytes of a request's headers at most: a token, trace contexts, and room.
+const HEADERS: u32 = 16 << 10;
 
 /// HTTP/2 window of a stream, in bytes: a message of a million tokens should not need sixty round
 /// trips.
@@ -39,6 +53,33 @@ const STREAM_WINDOW: u32 = 1 << 20;
 /// it was cut off at requests of 20 bytes, with 16 MiB it is not.
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
+/// Who is let in, and where refusals are counted.
+#[derive(Clone, Debug)]
+pub struct Protection {
+    /// Who may make the calls that are not for everybody.
+    pub access: Access,
+    /// Connections and refusals.
+    pub metrics: ServerMetrics,
+}
+
+/// [`serve_protected`], with all calls for everybody and nothing counted.
+///
+/// # Errors
+///
+/// When the transport fails.
+pub async fn serve(
+    listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
+    service: Service,
+    ready: watch::Receiver<bool>,
+    stop: CancellationToken,
+    drain: Duration,
+) -> anyhow::Result<()> {
+    let metrics = ServerMetrics::register(&Registry::new())?;
+    let protection = Protection { access: Access::Everybody, metrics };
+    serve_protected(listener, tls, service, protection, ready, stop, drain).await
+}
+
 /// Serves both APIs on `listener`, over TLS if `tls` is given, until `stop`, then ends streams and lets other calls in flight end
 /// for at most `drain`.
 ///
@@ -48,10 +89,11 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 /// # Errors
 ///
 /// When the transport fails.
-pub async fn serve(
+pub async fn serve_protected(
     listener: TcpListener,
     tls: Option<Arc<ServerConfig>>,
     service: Service,
+    protection: Protection,
     ready: watch::Receiver<bool>,
     stop: CancellationToken,
     drain: Duration,
@@ -71,27 +113,33 @@ pub async fn serve(
     let llmd = IndexerServiceServer::new(service.clone())
         .max_decoding_message_size(limit)
         .max_encoding_message_size(limit);
-    let router = Server::builder()
+    let server = Server::builder()
         .max_concurrent_streams(calls)
+        .http2_max_header_list_size(HEADERS)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .add_service(health_server)
+        .initial_connection_window_size(CONNECTION_WINDOW);
+    let routes = Routes::new(health_server)
         .add_service(reflection)
         .add_service(ours)
-        .add_service(llmd);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        .add_service(llmd)
+        .prepare();
+    let Protection { access, metrics } = protection;
+    let gate = Gate::new(Limits::from(service.config()), metrics.clone());
+    let guarded = Guarded::new(routes, access, metrics);
+    let tcp = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = Admitting::new(tcp, gate);
     let closing = async {
         stop.cancelled().await;
         service.close();
     };
     let serving = async {
         match tls {
-            None => router.serve_with_incoming_shutdown(incoming, closing).await,
+            None => server.serve_with_incoming_shutdown(guarded, incoming, closing).await,
             Some(tls) => {
                 let incoming = TlsIncoming::new(incoming, tls);
-                router.serve_with_incoming_shutdown(incoming, closing).await
+                server.serve_with_incoming_shutdown(guarded, incoming, closing).await
             }
         }
     };

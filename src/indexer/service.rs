@@ -34,6 +34,7 @@ use crate::{
         ApiConfig, ScoreError,
         metrics::{Rpc, ScoreMetrics},
         registry::{PodRegistry, RegistryError},
+        server::gate::Caller,
         speculation::Speculations,
     },
     ingest::fleet::Fleet,
@@ -183,8 +184,9 @@ impl KvIndexer for Service {
         &self,
         request: Request<Streaming<pb::ScoreRequest>>,
     ) -> Result<Response<Self::ScoreStreamStream>, Status> {
+        let caller = request.extensions().get::<Caller>().cloned();
         let (_, call, inbound) = open(request);
-        Ok(Response::new(stream::answers(Arc::clone(&self.inner), inbound, call)))
+        Ok(Response::new(stream::answers(Arc::clone(&self.inner), inbound, call, caller)))
     }
 
     async fn explain(

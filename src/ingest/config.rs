@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::ingest::fleet::PodDeclaration;
+use crate::ingest::{curve::CurveConfig, fleet::PodDeclaration};
 
 /// How streams are received, ordered, repaired and queued.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +16,10 @@ pub struct IngestConfig {
     pub topic_filter: String,
     /// Accept pods on the bound socket that nobody configured.
     pub allow_unconfigured_pods: bool,
+    /// A message on the bound socket has to come from the address of the pod that it names.
+    pub check_peer_address: bool,
+    /// Encryption of streams; `None` = plain.
+    pub curve: Option<CurveConfig>,
     /// Rows at most, configured or not.
     pub max_pods: usize,
     /// Writer threads; each pod is pinned to one.
@@ -49,6 +53,8 @@ impl Default for IngestConfig {
             bind: None,
             topic_filter: String::new(),
             allow_unconfigured_pods: false,
+            check_peer_address: false,
+            curve: None,
             max_pods: 1024,
             lanes: std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2)),
             receive_high_water_mark: 100_000,

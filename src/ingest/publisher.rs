@@ -13,6 +13,7 @@ use crate::{
     ingest::{
         IngestConfig,
         apply::{Applier, Shared},
+        curve::Keys,
         fleet::{PodDeclaration, Row},
         frame::{self, Frame},
         lane::{Item, Lanes, Pipe},
@@ -45,6 +46,7 @@ pub(crate) struct Context {
     pub(crate) models: Models,
     pub(crate) shared: Arc<Shared>,
     pub(crate) lanes: Lanes,
+    pub(crate) curve: Option<Keys>,
 }
 
 impl std::fmt::Debug for Context {
@@ -380,6 +382,9 @@ impl Publisher {
         dealer.set_rcvhwm(self.context.config.receive_high_water_mark)?;
         dealer.set_ipv6(true)?;
         dealer.set_reconnect_ivl(200)?;
+        if let Some(keys) = &self.context.curve {
+            keys.connect(&dealer)?;
+        }
         dealer.connect(endpoint)?;
         // The request waits in the socket until the engine is there; HWM 1000 never blocks it.
         dealer.send_multipart([&b""[..], &from.to_be_bytes()], zmq::DONTWAIT)?;

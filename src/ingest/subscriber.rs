@@ -10,6 +10,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    net::IpAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -26,6 +27,7 @@ use crate::{
         fleet::PodDeclaration,
         frame::{self, Frame},
         line::{Change, Line},
+        peers,
         publisher::{Context, Publisher, most_frame_bytes},
     },
     support::sync::lock,
@@ -177,6 +179,15 @@ enum Kind {
 
 /// Pods that may connect to us; without a rank, every rank of the pod.
 type Expected = HashMap<Key, Arc<PodDeclaration>>;
+
+/// Who is expected under this name: that rank, or every rank.
+fn declared<'e>(
+    expected: &'e Expected,
+    pod: &str,
+    rank: Option<u32>,
+) -> Option<&'e Arc<PodDeclaration>> {
+    expected.get(&(pod.to_owned(), rank)).or_else(|| expected.get(&(pod.to_owned(), None)))
+}
 
 impl Source {
     /// Closes the sockets and hands over what they served; a source must not just be dropped.
@@ -405,6 +416,9 @@ impl Worker {
         let zmq = self.room();
         let sub = self.socket(&zmq).map_err(no_socket)?;
         sub.set_subscribe(declaration.topic_filter.as_bytes()).map_err(no_socket)?;
+        if let Some(keys) = &self.context.curve {
+            keys.connect(&sub).map_err(no_socket)?;
+        }
         let Some(lead) = Publisher::new(&self.context, declaration, &zmq, Instant::now()) else {
             return Err(AddError::Full(pod.clone()));
         };
@@ -436,6 +450,9 @@ impl Worker {
         let zmq = self.room();
         let sub = self.socket(&zmq)?;
         sub.set_subscribe(self.context.config.topic_filter.as_bytes())?;
+        if let Some(keys) = &self.context.curve {
+            keys.bind(&sub)?;
+        }
         sub.bind(endpoint)?;
         let bound = sub.get_last_endpoint()?.unwrap_or_else(|_| endpoint.to_owned());
         let kind = Kind::Bind { expected: HashMap::new(), publishers: HashMap::new() };
@@ -465,8 +482,15 @@ impl Worker {
     /// Takes in up to a round of live messages.
     fn receive(&mut self, at: usize, now: Instant) {
         for _ in 0..ROUND {
-            let Ok(frames) = frame::receive(&self.sources[at].sub) else { return };
-            if let Err(error) = self.dispatch(at, frames, now) {
+            let Source { sub, kind } = &self.sources[at];
+            let checks =
+                self.context.config.check_peer_address && matches!(kind, Kind::Bind { .. });
+            let received = match checks {
+                true => frame::receive_with_peer(sub).map(|(frames, peer)| (frames, Some(peer))),
+                false => frame::receive(sub).map(|frames| (frames, None)),
+            };
+            let Ok((frames, peer)) = received else { return };
+            if let Err(error) = self.dispatch(at, frames, peer, now) {
                 self.context.shared.metrics.reject(error.reason());
                 tracing::debug!(%error, "Message skipped.");
             }
@@ -477,15 +501,23 @@ impl Worker {
         &mut self,
         at: usize,
         mut frames: Vec<Frame>,
+        checked: Option<Option<IpAddr>>,
         now: Instant,
     ) -> Result<(), DecodeError> {
         let sequence = Frames::split(&frames)?.sequence;
         let (Some(payload), Some(topic)) = (frames.pop(), frames.first()) else { return Ok(()) };
         let Topic { pod, model } = Topic::parse(topic, MAX_POD_ID_BYTES)?;
         let header = header(&payload, &self.context.config.limits);
-        if let Kind::Bind { .. } = self.sources[at].kind {
+        if let Kind::Bind { expected, .. } = &self.sources[at].kind {
             // Without its rank a message belongs to nobody.
             let rank = header.as_ref().map_err(DecodeError::clone)?.rank;
+            if let Some(peer) = checked
+                && let Err(reason) =
+                    peers::judge(&pod, declared(expected, &pod, rank).map(Arc::as_ref), peer)
+            {
+                self.context.shared.metrics.refuse(reason);
+                return Ok(());
+            }
             if !self.admit(at, &pod, rank, &model, now) {
                 return Ok(());
             }
@@ -543,7 +575,7 @@ impl Worker {
         if publishers.contains_key(&key) {
             return true;
         }
-        let declared = expected.get(&key).or_else(|| expected.get(&(key.0.clone(), None)));
+        let declared = declared(expected, pod, rank);
         let elsewhere =
             || context.shared.fleet.table().pod(pod).iter().any(|row| !row.endpoint.is_empty());
         let mut declaration = match declared {

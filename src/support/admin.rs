@@ -2,17 +2,30 @@
 //!
 //! # Bounds
 //!
-//! At most [`Limits::connections`] at a time; more wait in the listen queue. A connection that
+//! At most [`Limits::connections`] at a time; more wait in the listen queue. One address has half of
+//! them at most, so that it cannot keep probes out; its further ones are closed. A connection that
 //! shows no complete request head within [`Limits::header_timeout`] is closed, idle ones included,
 //! so that the wait is short. Request bodies are not read: no page takes one.
 //!
 //! Pages are made on the runtime's threads and must not block.
+//!
+//! # Access
+//!
+//! Health and metrics are for everybody: probes and scrapers have no token. What else there is can be
+//! [guarded](Routes::guarded).
 
-use std::{collections::BTreeMap, convert::Infallible, fmt, io, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    convert::Infallible,
+    fmt, io,
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode, Uri,
+    HeaderMap, Method, Request, Response, StatusCode, Uri,
     body::{Bytes, Incoming},
     header::{self, HeaderValue},
     server::conn::http1,
@@ -29,7 +42,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::support::metrics;
+use crate::support::{
+    access::{Access, Denied},
+    metrics,
+};
 
 /// An answer.
 #[derive(Clone, Debug)]
@@ -64,11 +80,19 @@ impl Page {
 }
 
 type Handler = Box<dyn Fn(&Uri) -> Page + Send + Sync>;
+type Hear = Box<dyn Fn(Denied) + Send + Sync>;
+
+/// Pages for everybody, whatever [`Routes::guarded`] says.
+const OPEN: [&str; 3] = ["/livez", "/readyz", "/metrics"];
 
 /// The pages of a server by their path.
 #[derive(Default)]
 pub struct Routes {
     pages: BTreeMap<&'static str, Handler>,
+    /// Who may see the pages that are not [`OPEN`].
+    access: Access,
+    /// Hears of refusals.
+    refused: Option<Hear>,
 }
 
 impl fmt::Debug for Routes {
@@ -130,23 +154,60 @@ impl Routes {
         self.page("/config", move |_| page.clone())
     }
 
-    fn answer(&self, method: &Method, uri: &Uri) -> Response<Full<Bytes>> {
+    /// All pages but `/livez`, `/readyz` and `/metrics` are for those whom `access` admits; `refused`
+    /// hears of others.
+    #[must_use]
+    pub fn guarded(
+        mut self,
+        access: Access,
+        refused: impl Fn(Denied) + Send + Sync + 'static,
+    ) -> Self {
+        self.access = access;
+        self.refused = Some(Box::new(refused));
+        self
+    }
+
+    /// May the page be seen? If not, what is said instead.
+    fn admit(&self, path: &str, headers: &HeaderMap) -> Result<(), Page> {
+        if OPEN.contains(&path) {
+            return Ok(());
+        }
+        let authorization = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+        let Err(denied) = self.access.check(authorization) else { return Ok(()) };
+        if let Some(refused) = &self.refused {
+            refused(denied);
+        }
+        let status = match denied {
+            Denied::NoToken | Denied::WrongToken => StatusCode::UNAUTHORIZED,
+            _ => StatusCode::FORBIDDEN,
+        };
+        Err(Page::text(status, format!("{path} {denied}")))
+    }
+
+    fn answer(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Response<Full<Bytes>> {
         let (page, allow) = match self.pages.get(uri.path()) {
             None => {
                 let paths: Vec<&str> = self.pages.keys().copied().collect();
                 let text = format!("no such page; there are {}", paths.join(" "));
                 (Page::text(StatusCode::NOT_FOUND, text), false)
             }
-            Some(make) if method == Method::GET || method == Method::HEAD => (make(uri), false),
+            Some(make) if method == Method::GET || method == Method::HEAD => (
+                self.admit(uri.path(), headers).map_or_else(|refusal| refusal, |()| make(uri)),
+                false,
+            ),
             Some(_) => (Page::text(StatusCode::METHOD_NOT_ALLOWED, "use GET"), true),
         };
         // hyper leaves the body out of answers to HEAD and keeps its length.
+        let page_status = page.status;
         let mut response = Response::new(Full::new(page.body));
-        *response.status_mut() = page.status;
+        *response.status_mut() = page_status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(page.content_type));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        if page_status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if allow {
             headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         }
@@ -191,6 +252,9 @@ pub async fn serve(
     let routes = Arc::new(routes);
     let slots = Arc::new(Semaphore::new(limits.connections.max(1)));
     let mut connections = JoinSet::new();
+    // Held once by each connection of the address.
+    let mut addresses: HashMap<IpAddr, Arc<()>> = HashMap::new();
+    let share = (limits.connections / 2).max(1);
     loop {
         // The slot comes first, so that a connection is accepted only when it can be served.
         let accepted = tokio::select! {
@@ -208,11 +272,19 @@ pub async fn serve(
             } => accepted,
         };
         match accepted {
-            (Ok(slot), Ok((stream, _))) => {
+            (Ok(slot), Ok((stream, peer))) => {
+                addresses.retain(|_, held| Arc::strong_count(held) > 1);
+                let held = addresses.entry(peer.ip().to_canonical()).or_default();
+                if Arc::strong_count(held) > share {
+                    debug!(%peer, "As many admin connections as one address may have.");
+                    continue;
+                }
+                // Its place in the share is free before the slot is, or whoever waits is turned away.
+                let place = (Arc::clone(held), slot);
                 let serving = connection(stream, Arc::clone(&routes), limits, stop.clone());
                 connections.spawn(async move {
                     serving.await;
-                    drop(slot);
+                    drop(place);
                 });
             }
             (_, Err(error)) => {
@@ -238,7 +310,7 @@ async fn connection(
     stop: CancellationToken,
 ) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = routes.answer(request.method(), request.uri());
+        let response = routes.answer(request.method(), request.uri(), request.headers());
         async move { Ok::<_, Infallible>(response) }
     });
     let connection = http1::Builder::new()

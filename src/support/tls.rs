@@ -2,7 +2,7 @@
 //!
 //! | module | what it is for |
 //! | --- | --- |
-//! | [`server`] | a listener's certificate, from files or made in memory, its reload, its parameters |
+//! | [`server`] | a listener's certificate, from files or made in memory, and who signs clients', with their reload; parameters |
 //! | [`client`] | whom a client trusts, and who it is |
 //! | [`names`] | Go's names of versions and cipher suites |
 
@@ -23,8 +23,9 @@ pub mod server;
 pub use self::{
     client::{ClientTls, Identity, client_config, client_config_as},
     names::{CipherSuites, TlsVersion, cipher_suites, version},
-    server::{Certificate, ReloadMetrics, TlsOptions, server_config},
+    server::{Certificate, ClientAuthority, TlsOptions, server_config, server_config_with},
 };
+pub use crate::support::reload::ReloadMetrics;
 
 /// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -94,8 +95,13 @@ fn private_key(
 
 /// The certificates of a file, as roots of trust.
 fn roots(path: &Path) -> Result<rustls::RootCertStore, TlsError> {
+    roots_of(&read(path.to_owned())?, path)
+}
+
+/// The certificates in `pem`, which is what `path` holds, as roots of trust.
+fn roots_of(pem: &[u8], path: &Path) -> Result<rustls::RootCertStore, TlsError> {
     let mut roots = rustls::RootCertStore::empty();
-    for certificate in certificates(&read(path.to_owned())?, || path.to_owned())? {
+    for certificate in certificates(pem, || path.to_owned())? {
         roots
             .add(certificate)
             .map_err(|source| TlsError::Pair { path: path.to_owned(), source })?;

@@ -17,5 +17,5 @@ mod lines;
 mod orphans;
 mod process;
 mod replay;
-mod rig;
+pub(crate) mod rig;
 pub(crate) mod script;

@@ -3,6 +3,6 @@
 
 mod down;
 mod liar;
-mod rig;
+pub(crate) mod rig;
 mod scores;
 mod wrong;

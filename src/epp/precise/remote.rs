@@ -49,6 +49,7 @@ use crate::{
     },
     model::RequestKey,
     proto::kvindexer::{self as pb, prompt::Input},
+    support::tls::Identity,
 };
 
 mod breaker;
@@ -63,7 +64,8 @@ mod transport;
 /// Where the service is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteConfig {
-    /// `host:port`, or `http://…`, `https://…`.
+    /// `host:port`, or `http://…`, `https://…`; several, with commas between them, are replicas. So are
+    /// the addresses that a name has.
     pub address: String,
     /// How long a request waits for its scores at most.
     pub deadline: Duration,
@@ -75,7 +77,7 @@ pub struct RemoteConfig {
     pub half_open: Duration,
 }
 
-/// How the service's certificate is judged.
+/// How the service's certificate is judged, and what is shown to it. Files are read for each connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RemoteTls {
     /// PEM file of the authorities; `None`: the system's.
@@ -84,6 +86,8 @@ pub struct RemoteTls {
     pub server_name: Option<String>,
     /// Accept any certificate.
     pub insecure_skip_verify: bool,
+    /// Our own certificate, for a service that asks.
+    pub identity: Option<Identity>,
 }
 
 /// Makes the index and what keeps its connection.

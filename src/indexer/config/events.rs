@@ -2,7 +2,7 @@
 
 use super::{HOUR_MS, IndexerConfig, pods::quoted};
 use crate::{
-    ingest::discovery::EndpointUse,
+    ingest::{curve::CurveConfig, discovery::EndpointUse},
     support::{
         fields::{Fields, set},
         units,
@@ -71,6 +71,36 @@ impl IndexerConfig {
             events.fault("queueBytes", text);
         }
         engine
+    }
+
+    /// Whom the sockets believe.
+    pub(super) fn read_peers(&mut self, events: &Fields<'_>) {
+        let out = &mut self.ingest;
+        set(&mut out.check_peer_address, events.boolean("checkPeerAddress"));
+        if out.check_peer_address {
+            match out.bind.as_deref() {
+                None => events.warn("checkPeerAddress", "has no effect without `zmqEndpoint`"),
+                Some(bind) if bind.starts_with("ipc:") => {
+                    events.fault("checkPeerAddress", "an ipc socket knows no addresses");
+                }
+                Some(_) => {}
+            }
+        }
+        let curve = events.mapping("curve");
+        if curve.is_present() {
+            let key = |name: &'static str| {
+                curve.parsed(name, |text| CurveConfig::key(text).map(|_| text.to_owned()))
+            };
+            let public_key = curve.required("publicKey", |_, _| key("publicKey"));
+            let secret = curve.required("secretKeyFile", Fields::nonempty);
+            let server_key = key("serverKey");
+            out.curve = public_key.zip(secret).map(|(public_key, secret)| CurveConfig {
+                public_key,
+                secret_key_file: secret.into(),
+                server_key,
+            });
+        }
+        curve.finish();
     }
 
     /// Pods that nobody configured are welcome on the bound socket if nobody configured any.

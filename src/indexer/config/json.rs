@@ -32,6 +32,10 @@ impl IndexerConfig {
             "grpcTls": self.grpc_tls.as_ref().map(tls_json),
             "tokenizers": self.tokenizers_json(),
             "adminListen": self.admin_listen.to_string(),
+            "auth": {
+                "tokenFile": self.auth.token_file,
+                "allowWithoutToken": self.auth.allow_without_token,
+            },
             "log": {"format": self.log_format.as_str(), "level": self.log_level},
             "tokenProcessorConfig": scheme_json(&models.default),
             "models": listed,
@@ -59,6 +63,12 @@ impl IndexerConfig {
             "topicFilter": events.topic_filter,
             "concurrency": events.lanes,
             "allowUnconfiguredPods": events.allow_unconfigured_pods,
+            "checkPeerAddress": events.check_peer_address,
+            "curve": events.curve.as_ref().map(|curve| json!({
+                "publicKey": curve.public_key,
+                "secretKeyFile": curve.secret_key_file,
+                "serverKey": curve.server_key,
+            })),
             "maxPods": events.max_pods,
             "receiveHighWaterMark": events.receive_high_water_mark,
             "heartbeatMs": millis(events.heartbeat),
@@ -115,6 +125,10 @@ impl IndexerConfig {
             "maxPodsAsked": api.max_pods_asked,
             "maxPodIdBytes": api.max_pod_id_bytes,
             "maxConcurrentCalls": api.max_concurrent_calls,
+            "maxConnections": api.max_connections,
+            "idleTimeoutMs": millis(api.idle_timeout),
+            "maxPendingBytes": api.max_pending_bytes,
+            "messageTimeoutMs": millis(api.message_timeout),
             "maxSpeculations": api.max_speculations,
             "maxSpeculationTtlMs": millis(api.max_speculation_ttl),
         })
@@ -131,6 +145,7 @@ fn tls_json(tls: &GrpcTls) -> Value {
             TlsVersion::Tls13 => "VersionTLS13",
         },
         "clientCa": tls.options.client_ca,
+        "clientAuth": if tls.options.client_optional { "optional" } else { "required" },
     })
 }
 

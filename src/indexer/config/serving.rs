@@ -1,12 +1,13 @@
-//! `grpcTls` and `tokenizers`: how callers reach the API, and what makes tokens of their text.
+//! `grpcTls`, `auth` and `tokenizers`: how callers reach the API, and what makes tokens of their text.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde_json::Value;
 
 use super::{HOUR_MS, IndexerConfig};
 use crate::{
     support::{
+        access::{Access, TokenError, Tokens},
         fields::{Fields, set},
         tls::{self, TlsOptions},
         units,
@@ -27,6 +28,41 @@ pub struct GrpcTls {
     pub options: TlsOptions,
     /// Follow changes of the certificate's files.
     pub reload: bool,
+}
+
+/// Who may use what is not for everybody: the calls that change the index or tell what is in it, and
+/// all pages but health and metrics.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Auth {
+    /// File of bearer tokens.
+    pub token_file: Option<PathBuf>,
+    /// Without a token file, everybody may, on any address; else only on loopback.
+    pub allow_without_token: bool,
+}
+
+/// How to open what is closed.
+const CLOSED: &str = "set `auth.tokenFile`, or `auth.allowWithoutToken: true`";
+
+impl Auth {
+    /// Reads the tokens.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be used.
+    pub fn tokens(&self) -> Result<Option<Tokens>, TokenError> {
+        self.token_file.as_deref().map(Tokens::read).transpose()
+    }
+
+    /// Who may, at a listener with this address; `proved` if its clients have to show certificates.
+    #[must_use]
+    pub fn access(&self, tokens: Option<&Tokens>, at: SocketAddr, proved: bool) -> Access {
+        match tokens {
+            Some(tokens) => Access::Bearer(tokens.clone()),
+            None if proved || self.allow_without_token => Access::Everybody,
+            None if at.ip().to_canonical().is_loopback() => Access::Everybody,
+            None => Access::Nobody { setting: CLOSED },
+        }
+    }
 }
 
 /// What turns text into tokens.
@@ -67,10 +103,26 @@ impl IndexerConfig {
         if self_signed && options.cert_path.is_some() {
             fields.fault("selfSigned", "there is a certPath; give one of them");
         }
+        let modes = [("required", false), ("optional", true)];
+        let optional = fields.one_of("clientAuth", &modes);
+        if optional == Some(true) && options.client_ca.is_none() {
+            fields.fault("clientAuth", "optional needs a clientCa");
+        }
+        set(&mut options.client_optional, optional);
         if self_signed || options.cert_path.is_some() {
             self.grpc_tls = Some(GrpcTls { options, reload });
         } else if options.client_ca.is_some() {
             fields.fault("clientCa", "needs a certPath, or selfSigned: true");
+        }
+        fields.finish();
+    }
+
+    pub(super) fn read_auth(&mut self, root: &Fields<'_>) {
+        let fields = root.mapping("auth");
+        self.auth.token_file = fields.nonempty("tokenFile").map(PathBuf::from);
+        set(&mut self.auth.allow_without_token, fields.boolean("allowWithoutToken"));
+        if self.auth.allow_without_token && self.auth.token_file.is_some() {
+            fields.fault("allowWithoutToken", "there is a tokenFile; give one of them");
         }
         fields.finish();
     }

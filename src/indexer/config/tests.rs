@@ -40,6 +40,11 @@ fn the_effective_configuration_loads_again() {
         "grpcTls: {selfSigned: true, minVersion: VersionTLS13, clientCa: /ca, reload: false}\n\
          tokenizers: {models: {m: /m, n: {dir: /n}}, modelsDir: /d, aliases: {x: m}, default: m, \
          threads: 3, queue: 9, budgetMs: 50, cacheBytes: 1MiB, render: {url: 'http://h:1'}}",
+        "grpcTls: {selfSigned: true, clientCa: /ca, clientAuth: optional}\n\
+         auth: {tokenFile: /t}\napi: {maxConnections: 9, idleTimeoutMs: 8, maxPendingBytes: 7MiB, \
+         messageTimeoutMs: 6}\nkvEventsConfig: {zmqEndpoint: 'tcp://*:5557', checkPeerAddress: true, \
+         curve: {publicKey: 'rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7', secretKeyFile: /k}}",
+        "auth: {allowWithoutToken: true}",
         "indexerConfig: {}",
     ] {
         let json = good(text).to_json();
@@ -47,6 +52,38 @@ fn the_effective_configuration_loads_again() {
         assert_eq!(again.to_json(), json);
         assert!(again.warnings.is_empty(), "{:?}", again.warnings);
     }
+}
+
+#[test]
+fn what_is_not_for_everybody_is_closed_unless_a_setting_opens_it() {
+    #[track_caller]
+    fn check(text: &str, at: &str, proved: bool, open: bool) {
+        let access = good(text).auth.access(None, at.parse().unwrap(), proved);
+        match access.check(None) {
+            Ok(()) => assert!(open, "{text} {at}"),
+            Err(denied) => {
+                assert!(!open && denied.to_string().contains("auth.tokenFile"), "{text} {at}");
+            }
+        }
+    }
+    for loopback in ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+        check("", loopback, false, true);
+    }
+    for any in ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "[::ffff:10.0.0.1]:1"] {
+        check("", any, false, false);
+        check("", any, true, true);
+        check("auth: {allowWithoutToken: true}", any, false, true);
+    }
+    let both = "auth: {allowWithoutToken: true, tokenFile: /t}";
+    bad(both, "auth.allowWithoutToken", "give one of them");
+    let alone = "grpcTls: {selfSigned: true, clientAuth: optional}";
+    bad(alone, "grpcTls.clientAuth", "optional needs a clientCa");
+    let mode = "grpcTls: {selfSigned: true, clientCa: /ca, clientAuth: maybe}";
+    bad(mode, "grpcTls.clientAuth", "`required`, `optional`");
+    let ipc = "kvEventsConfig: {zmqEndpoint: 'ipc:///x', checkPeerAddress: true}";
+    bad(ipc, "kvEventsConfig.checkPeerAddress", "no addresses");
+    let key = "kvEventsConfig: {curve: {publicKey: secret, secretKeyFile: /k}}";
+    bad(key, "kvEventsConfig.curve.publicKey", "no key in Z85");
 }
 
 #[test]

@@ -20,12 +20,13 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
     task::JoinSet,
 };
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 use tokio_stream::Stream;
-use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+use tonic::transport::server::Connected;
+
+use super::gate::{Admitted, Admitting, Caller, Refusal};
 
 /// Handshakes under way at most.
 const HANDSHAKES: usize = 256;
@@ -35,13 +36,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Connections whose handshake is done, in the order in which they are done.
 pub(super) struct TlsIncoming {
-    tcp: TcpIncoming,
+    tcp: Admitting,
     acceptor: TlsAcceptor,
     under_way: JoinSet<Option<Secured>>,
 }
 
 impl TlsIncoming {
-    pub(super) fn new(tcp: TcpIncoming, config: Arc<ServerConfig>) -> Self {
+    pub(super) fn new(tcp: Admitting, config: Arc<ServerConfig>) -> Self {
         Self { tcp, acceptor: config.into(), under_way: JoinSet::new() }
     }
 }
@@ -54,7 +55,10 @@ impl Stream for TlsIncoming {
             match self.under_way.poll_join_next(cx) {
                 Poll::Ready(Some(Ok(Some(secured)))) => return Poll::Ready(Some(Ok(secured))),
                 // A failed handshake, or one that panicked, ended its own connection.
-                Poll::Ready(Some(_)) => continue,
+                Poll::Ready(Some(_)) => {
+                    self.tcp.gate().refused(Refusal::Handshake);
+                    continue;
+                }
                 Poll::Pending if self.under_way.len() >= HANDSHAKES => return Poll::Pending,
                 Poll::Pending | Poll::Ready(None) => {}
             }
@@ -71,7 +75,7 @@ impl Stream for TlsIncoming {
     }
 }
 
-async fn handshake(acceptor: TlsAcceptor, stream: TcpStream) -> Option<Secured> {
+async fn handshake(acceptor: TlsAcceptor, stream: Admitted) -> Option<Secured> {
     let shaken = tokio::time::timeout(PATIENCE, acceptor.accept(stream)).await;
     let failed = match shaken {
         Ok(Ok(stream)) => return Some(Secured(Box::new(stream))),
@@ -83,12 +87,12 @@ async fn handshake(acceptor: TlsAcceptor, stream: TcpStream) -> Option<Secured> 
 }
 
 /// A TLS connection, as tonic wants it.
-pub(super) struct Secured(Box<TlsStream<TcpStream>>);
+pub(super) struct Secured(Box<TlsStream<Admitted>>);
 
 impl Connected for Secured {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Caller;
 
-    fn connect_info(&self) -> TcpConnectInfo {
+    fn connect_info(&self) -> Caller {
         self.0.get_ref().0.connect_info()
     }
 }

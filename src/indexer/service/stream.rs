@@ -7,7 +7,8 @@
 //! The reader holds at most [`UNANSWERED`] requests, and at most one message's worth of bytes
 //! beyond the largest message; then it stops reading, and HTTP/2 flow control stops the client. The
 //! look-up runs when the transport takes the answer, so that a slow reader gets the state of that
-//! moment.
+//! moment. What is read and not answered also counts among the bytes that wait for the caller, over all
+//! its streams; more than it may have ends the stream with RESOURCE_EXHAUSTED.
 
 use std::sync::Arc;
 
@@ -22,6 +23,10 @@ use crate::{
     indexer::{
         ScoreError,
         metrics::Rpc,
+        server::{
+            gate::{Caller, Charge},
+            guard::full,
+        },
         service::{
             Inner,
             answers::Answers,
@@ -41,6 +46,7 @@ struct Pending {
     request_id: u64,
     request: Result<Prepared, ScoreError>,
     _bytes: OwnedSemaphorePermit,
+    _charge: Option<Charge>,
 }
 
 /// The answers to `inbound`. Ends after the last answer when the client ends, with UNAVAILABLE when
@@ -49,10 +55,11 @@ pub(super) fn answers(
     inner: Arc<Inner>,
     inbound: Streaming<pb::ScoreRequest>,
     call: Option<Instant>,
+    caller: Option<Caller>,
 ) -> Answers<pb::ScoreResponse> {
     // One more is being answered.
     let (queue, pending) = mpsc::channel(UNANSWERED - 1);
-    inner.tasks.spawn(read(Arc::clone(&inner), inbound, call, queue));
+    inner.tasks.spawn(read(Arc::clone(&inner), inbound, call, caller, queue));
     Answers::new((inner, pending), |(inner, mut pending)| async move {
         let answer = match pending.recv().await? {
             Ok(pending) => Ok(answer(&inner, pending).await),
@@ -87,6 +94,7 @@ async fn read(
     inner: Arc<Inner>,
     mut inbound: Streaming<pb::ScoreRequest>,
     call: Option<Instant>,
+    caller: Option<Caller>,
     queue: mpsc::Sender<Result<Pending, Status>>,
 ) {
     // Tokens shrink to keys, an eighth to a hundredth of them; counting the message is the simple
@@ -118,8 +126,13 @@ async fn read(
             permit = Arc::clone(&bytes).acquire_many_owned(size) => permit,
         };
         let Ok(permit) = permit else { return };
+        let mut charge = caller.as_ref().map(Caller::charge);
+        if charge.as_mut().is_some_and(|charge| !charge.set(size as usize)) {
+            room.send(Err(full()));
+            return;
+        }
         let request_id = request.request_id;
         let request = Prepared::new(&inner.config, request, arrival, call, Text::Stream).await;
-        room.send(Ok(Pending { arrival, request_id, request, _bytes: permit }));
+        room.send(Ok(Pending { arrival, request_id, request, _bytes: permit, _charge: charge }));
     }
 }

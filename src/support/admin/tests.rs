@@ -1,6 +1,9 @@
 use std::net::SocketAddr;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpSocket,
+};
 
 use super::*;
 use crate::support::task::Readiness;
@@ -96,6 +99,22 @@ async fn other_paths_and_methods_are_refused() {
     check(&head, 200, &["content-length: 3"]);
     assert!(head.ends_with("\r\n\r\n"), "{head:?}");
     check(&server.ask("nonsense").await, 400, &[]);
+    server.end().await;
+}
+
+#[tokio::test]
+async fn one_address_does_not_keep_others_out() {
+    let server = start(Limits { connections: 4, ..Limits::default() }).await;
+    let dial = async || {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 0, 2], 0))).unwrap();
+        socket.connect(server.address).await.unwrap()
+    };
+    let (first, second, mut third) = (dial().await, dial().await, dial().await);
+    let ended = tokio::time::timeout(PATIENCE, third.read(&mut [0; 9])).await.unwrap();
+    assert_eq!(ended.unwrap_or(0), 0);
+    check(&server.ask("GET /livez").await, 200, &["ok"]);
+    drop((first, second));
     server.end().await;
 }
 

@@ -7,27 +7,26 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
-use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use prometheus::IntCounter;
 use tokio_rustls::rustls::{
-    CipherSuite, ServerConfig, SupportedProtocolVersion,
+    self, CipherSuite, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
+    SupportedProtocolVersion,
+    client::danger::HandshakeSignatureValid,
     crypto::{CryptoProvider, ring},
-    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
-    server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime},
+    server::{
+        ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
     sign::CertifiedKey,
     version::{TLS12, TLS13},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
 
-use super::{TlsError, TlsVersion, certificates, private_key, read, roots};
-
-/// How often the files are looked at.
-const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
+use super::{TlsError, TlsVersion, certificates, private_key, read, roots_of};
+use crate::support::reload::{self, ReloadMetrics};
 
 /// What of TLS can be chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,8 +38,9 @@ pub struct TlsOptions {
     /// Cipher suites of TLS 1.2; those of 1.3 cannot be chosen. Empty: all.
     pub cipher_suites: Vec<CipherSuite>,
     /// Clients must show a certificate that one of these, PEM, has signed. `None`: they are not asked.
-    /// Read once.
     pub client_ca: Option<PathBuf>,
+    /// A client may also show none; one that is not signed so is refused all the same.
+    pub client_optional: bool,
 }
 
 /// The certificate that connections get. Clones share it.
@@ -98,36 +98,13 @@ impl Certificate {
             stop.cancelled().await;
             return Ok(());
         };
-        let mut seen = Ok(files.first.clone());
-        while stop.run_until_cancelled(tokio::time::sleep(RELOAD_INTERVAL)).await.is_some() {
-            let reading = Arc::clone(&files);
-            let pair = tokio::task::spawn_blocking(move || Pair::read(&reading.directory))
-                .await
-                .context("reading the certificate")?
-                .map_err(|error| format!("{:#}", anyhow::Error::new(error)));
-            if pair == seen {
-                continue;
-            }
-            seen = pair;
-            let usable = match &seen {
-                Ok(pair) => pair
-                    .parse(&files.directory)
-                    .map_err(|error| format!("{:#}", anyhow::Error::new(error))),
-                Err(error) => Err(error.clone()),
-            };
-            match usable {
-                Ok(key) => {
-                    self.current.store(Arc::new(key));
-                    metrics.loaded.inc();
-                    info!(path = %files.directory.display(), "A changed certificate is in use.");
-                }
-                Err(error) => {
-                    metrics.failed.inc();
-                    warn!(error, "A changed certificate cannot be used; the old one stays.");
-                }
-            }
-        }
-        Ok(())
+        let directory = files.directory.clone();
+        let read = move || Ok(Pair::read(&directory)?);
+        let take = |pair: &Pair| {
+            self.current.store(Arc::new(pair.parse(&files.directory)?));
+            Ok(())
+        };
+        reload::follow("certificate", files.first.clone(), read, take, metrics, stop).await
     }
 }
 
@@ -135,15 +112,6 @@ impl ResolvesServerCert for Certificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.current.load_full())
     }
-}
-
-/// What is counted of reloads. Clones share one state.
-#[derive(Clone, Debug)]
-pub struct ReloadMetrics {
-    /// Changed pairs in use.
-    pub loaded: IntCounter,
-    /// Changed pairs that could not be used.
-    pub failed: IntCounter,
 }
 
 impl Pair {
@@ -174,6 +142,110 @@ fn self_signed() -> Result<CertifiedKey, TlsError> {
         .map_err(|error| TlsError::setup(&error))
 }
 
+/// Who signs the certificates of clients: the `client_ca` of [`TlsOptions`]. Clones share it.
+#[derive(Clone, Debug)]
+pub struct ClientAuthority {
+    path: Arc<Path>,
+    optional: bool,
+    provider: Arc<CryptoProvider>,
+    /// What the file held at start.
+    first: Arc<[u8]>,
+    current: Arc<ArcSwap<Arc<dyn ClientCertVerifier>>>,
+}
+
+impl ClientAuthority {
+    /// Reads the file; `None` if clients are not asked for certificates.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read or used.
+    pub fn new(options: &TlsOptions) -> Result<Option<Self>, TlsError> {
+        let Some(path) = &options.client_ca else { return Ok(None) };
+        let provider = Arc::new(provider(&options.cipher_suites));
+        let optional = options.client_optional;
+        let first = read(path.clone())?;
+        let verifier = verifier(&first, path, optional, &provider)?;
+        let current = Arc::new(ArcSwap::from_pointee(verifier));
+        let path = Arc::from(path.as_path());
+        Ok(Some(Self { path, optional, provider, first: first.into(), current }))
+    }
+
+    /// Looks at the file each second until `stop`, and takes over changed authorities. A connection
+    /// that is there already stays.
+    ///
+    /// # Errors
+    ///
+    /// Never; a supervised task wants a result.
+    pub async fn follow(
+        self,
+        metrics: ReloadMetrics,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let (path, first) = (self.path.to_path_buf(), self.first.to_vec());
+        let take = |pem: &Vec<u8>| {
+            let verifier = verifier(pem, &self.path, self.optional, &self.provider)?;
+            self.current.store(Arc::new(verifier));
+            Ok(())
+        };
+        reload::follow("clientCa", first, move || Ok(read(path.clone())?), take, metrics, stop)
+            .await
+    }
+}
+
+fn verifier(
+    pem: &[u8],
+    path: &Path,
+    optional: bool,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let roots = Arc::new(roots_of(pem, path)?);
+    let builder = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(provider));
+    let builder = if optional { builder.allow_unauthenticated() } else { builder };
+    builder.build().map_err(|error| TlsError::setup(&error))
+}
+
+impl ClientCertVerifier for ClientAuthority {
+    /// None: a client that has several certificates must know which one to show.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        !self.optional
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.current.load().verify_client_cert(end_entity, intermediates, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.current.load().verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.current.load().verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.current.load().supported_verify_schemes()
+    }
+}
+
 /// The TLS side of a listener that speaks HTTP/2 only.
 ///
 /// # Errors
@@ -183,19 +255,33 @@ pub fn server_config(
     options: &TlsOptions,
     certificate: Certificate,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let provider = Arc::new(provider(&options.cipher_suites));
-    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+    server_config_with(options, certificate, ClientAuthority::new(options)?)
+}
+
+/// [`server_config`] with an authority that somebody [follows](ClientAuthority::follow).
+///
+/// # Errors
+///
+/// When version and cipher suites leave nothing to agree on.
+pub fn server_config_with(
+    options: &TlsOptions,
+    certificate: Certificate,
+    clients: Option<ClientAuthority>,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let builder = ServerConfig::builder_with_provider(Arc::new(provider(&options.cipher_suites)))
         .with_protocol_versions(versions(options.min_version))
         .map_err(|error| TlsError::setup(&error))?;
-    let builder = match &options.client_ca {
+    let asked = clients.is_some();
+    let builder = match clients {
         None => builder.with_no_client_auth(),
-        Some(path) => {
-            let roots = Arc::new(roots(path)?);
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
-            builder.with_client_cert_verifier(verifier.map_err(|error| TlsError::setup(&error))?)
-        }
+        Some(clients) => builder.with_client_cert_verifier(Arc::new(clients)),
     };
     let mut config = builder.with_cert_resolver(Arc::new(certificate));
+    if asked {
+        // A resumed session would outlive the authority that vouched for it.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+    }
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Arc::new(config))
 }

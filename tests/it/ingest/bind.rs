@@ -143,6 +143,30 @@ fn a_pod_that_we_connect_to_is_not_taken_from_the_bound_socket() {
     rig.finish();
 }
 
+/// A topic is only a claim, which the address of its sender proves or not.
+#[test]
+fn a_pod_speaks_for_itself_only_where_addresses_are_checked() {
+    let mut rig = Rig::start(
+        "kvEventsConfig: {zmqEndpoint: 'tcp://127.0.0.1:*', checkPeerAddress: true, \
+         allowUnconfiguredPods: true}\nreadyTimeoutMs: 0\n\
+         pods: [{id: b, replayEndpoint: 'tcp://127.0.0.1:9'}, \
+         {id: c, replayEndpoint: 'tcp://127.0.0.7:9'}]",
+    );
+    let refused = |why: &str| format!("kv_events_refused_publishers_total{{reason=\"{why}\"}}");
+    for topic in ["kv@127.0.0.9:8000@m", "kv@127.0.0.9@m", "kv@c@m"] {
+        engine(&rig, topic).send("store 1-4 of 1-64");
+    }
+    rig.counted(&refused("wrong_address"), 3.0);
+    engine(&rig, "kv@somebody@m").send("store 1-4 of 1-64");
+    rig.counted(&refused("unknown_address"), 1.0);
+    engine(&rig, "kv@127.0.0.1:8000@m").send("store 1-2 of 1-32");
+    rig.expect("m", "1-64", "127.0.0.1:8000#0=2");
+    engine(&rig, "kv@b@m").send("store 1-3 of 1-48");
+    rig.expect("m", "1-64", "127.0.0.1:8000#0=2 b#0=3");
+    assert_eq!(rig.metric(&refused("wrong_address")), 3.0);
+    rig.finish();
+}
+
 #[test]
 fn a_bound_pod_has_its_replay_socket() {
     let history = Engine::bind("unused");

@@ -185,7 +185,7 @@ fn tls_is_spoken_with_whom_it_should_be() {
     let trusted = RemoteTls {
         ca: Some(ca),
         server_name: Some("indexer.test".to_owned()),
-        insecure_skip_verify: false,
+        ..RemoteTls::default()
     };
     let anybody = RemoteTls { insecure_skip_verify: true, ..RemoteTls::default() };
     for good in [trusted.clone(), anybody] {

@@ -12,7 +12,7 @@ use crate::{
     },
     hash::{Algorithm, Models, Scheme},
     ingest::llmd::{self, MIN_CAP},
-    support::{fields::Fields, units},
+    support::{fields::Fields, tls::Identity, units},
 };
 
 const TOKEN_PROCESSOR: &str = "tokenProcessorConfig";
@@ -199,6 +199,7 @@ fn read_service(fields: Fields<'_>) -> Option<RemoteConfig> {
                 ca: tls.nonempty("ca").map(Into::into),
                 server_name: tls.nonempty("serverName"),
                 insecure_skip_verify: tls.boolean("insecureSkipVerify").unwrap_or(false),
+                identity: read_identity(&tls),
             };
             if read.insecure_skip_verify && read.ca.is_some() {
                 tls.warn("ca", "has no effect while insecureSkipVerify is true");
@@ -209,7 +210,7 @@ fn read_service(fields: Fields<'_>) -> Option<RemoteConfig> {
         None => None,
     };
     if switched == Some(Some(false))
-        && address.as_deref().is_some_and(|address| address.starts_with("https:"))
+        && address.iter().flat_map(|all| all.split(',')).any(|one| one.trim().starts_with("https:"))
     {
         fields.fault("tls", "is off, but the address says https");
     }
@@ -221,6 +222,17 @@ fn read_service(fields: Fields<'_>) -> Option<RemoteConfig> {
         failures: FAILURES,
         half_open: HALF_OPEN,
     })
+}
+
+/// Our certificate and its key, which belong together.
+fn read_identity(tls: &Fields<'_>) -> Option<Identity> {
+    let (cert, key) = (tls.nonempty("cert"), tls.nonempty("key"));
+    let (missing, given) = if cert.is_none() { ("cert", "key") } else { ("key", "cert") };
+    if cert.is_some() != key.is_some() {
+        tls.fault(missing, format!("missing; {given} needs it"));
+    }
+    let (chain, key) = (cert?.into(), key?.into());
+    Some(Identity { chain, key })
 }
 
 /// A field that is true, false, or a mapping with details, which is `Some(None)`.
