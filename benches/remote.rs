@@ -23,17 +23,7 @@ use kv_indexer::{
             remote::{RemoteConfig, connect},
         },
     },
-    index::{IndexConfig, runs::RunIndex},
-    indexer::{
-        ApiConfig,
-        metrics::ScoreMetrics,
-        registry::{PodRegistry, RegistryError},
-        server::serve,
-        service::{Parts, Service},
-        speculation::Speculations,
-    },
-    ingest::fleet::{Fleet, PodDeclaration},
-    model::{CountMode, RowId, TierTable},
+    indexer::server::serve,
 };
 use prometheus::Registry;
 use tokio::{net::TcpListener, runtime::Runtime, sync::watch, task::JoinSet};
@@ -43,19 +33,6 @@ const PODS: u8 = 64;
 const BLOCKS: u32 = 512;
 const RATE: u32 = 500;
 
-#[derive(Debug)]
-struct NoRegistry;
-
-impl PodRegistry for NoRegistry {
-    fn register(&self, _: PodDeclaration) -> Result<(), RegistryError> {
-        Ok(())
-    }
-
-    fn unregister(&self, _: &str, _: Option<u32>) -> Result<bool, RegistryError> {
-        Ok(false)
-    }
-}
-
 fn threads(name: &str) -> Runtime {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(1).thread_name(name).enable_all().build().expect("threads")
@@ -63,30 +40,7 @@ fn threads(name: &str) -> Runtime {
 
 /// Serves an index in which all pods hold one prompt; returns where, and the prompt.
 fn service(runtime: &Runtime) -> (String, Vec<u32>) {
-    let tiers = Arc::new(TierTable::default());
-    let index = RunIndex::new(IndexConfig { tiers: Arc::clone(&tiers), ..IndexConfig::default() });
-    let fleet = Arc::new(Fleet::new(Arc::new(index)));
-    let tokens = common::Random(7).tokens(BLOCKS * common::BLOCK);
-    for pod in 0..PODS {
-        let id = RowId { pod: format!("pod-{pod}").into(), rank: Some(0) };
-        let model = Arc::from("model");
-        let row = fleet.add(id, "tcp://a:1", &common::scheme(), &model, CountMode::Counted);
-        let slot = row.expect("room for the pods").slot;
-        common::store_prompt(&**fleet.index(), slot, &tokens, 1000 + u64::from(pod));
-    }
-    let mut config = ApiConfig::default();
-    config.models.default = common::scheme();
-    let speculations = Arc::new(Speculations::new(Arc::clone(fleet.index()), 1000));
-    let service = Service::new(Parts {
-        fleet,
-        tiers,
-        config: Arc::new(config),
-        registry: Arc::new(NoRegistry),
-        speculations,
-        metrics: ScoreMetrics::register(&Registry::new(), false).expect("new names"),
-        tokenizer: None,
-        stop: CancellationToken::new(),
-    });
+    let (service, tokens) = common::service::filled(PODS.into(), BLOCKS);
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port");
     let address = listener.local_addr().expect("bound").to_string();
     let (_, ready) = watch::channel(true);

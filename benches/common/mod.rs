@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each bench uses its part")]
 
 pub(crate) mod baseline;
+pub(crate) mod service;
 
 use std::sync::Arc;
 
@@ -31,6 +32,15 @@ impl Random {
     /// Token ids of a vocabulary of 150 000.
     pub(crate) fn tokens(&mut self, count: u32) -> Vec<u32> {
         (0..count).map(|_| (self.next() % 150_000) as u32).collect()
+    }
+
+    /// Token ids of which so many percent take five bytes on the wire, and nearly all others three.
+    pub(crate) fn wide_tokens(&mut self, count: u32, percent: u64) -> Vec<u32> {
+        let token = |bits: u64| {
+            let wide = (bits >> 32) % 100 < percent;
+            u32::from(bits as u16) | u32::from(wide) << 16
+        };
+        (0..count).map(|_| token(self.next())).collect()
     }
 }
 
@@ -124,6 +134,54 @@ pub(crate) fn steady_stream(
             held.extend(hashes);
             let batch = Batch { timestamp: 1.7e9 + step as f64, events, rank: Some(0) };
             batch.encode(form).expect("encoding to memory")
+        })
+        .collect()
+}
+
+/// Batches of one store of `blocks` blocks each, which go on with prompts of 64 blocks; `percent` of
+/// the tokens take five bytes.
+pub(crate) fn stores(count: usize, blocks: usize, percent: u64, form: Form) -> Vec<Vec<u8>> {
+    let mut random = Random(43);
+    let (mut parent, mut length) = (None, 0);
+    (0..count)
+        .map(|at| {
+            if length >= 64 {
+                (parent, length) = (None, 0);
+            }
+            let hashes: Vec<u64> = (0..blocks).map(|_| random.next()).collect();
+            let store = BlockStored {
+                block_hashes: hashes.iter().map(|&hash| Hash::Unsigned(hash)).collect(),
+                parent_block_hash: parent.map(Hash::Unsigned),
+                token_ids: Tokens::Plain(random.wide_tokens(blocks as u32 * BLOCK, percent)),
+                block_size: i64::from(BLOCK),
+                medium: Some("GPU".to_owned()),
+                extra_keys: Some(vec![None; blocks]),
+                group_idx: Some(0),
+                kv_cache_spec_kind: Some("full_attention".to_owned()),
+                ..BlockStored::default()
+            };
+            (parent, length) = (hashes.last().copied(), length + blocks);
+            let events = vec![Event::BlockStored(store)];
+            let batch = Batch { timestamp: 1.7e9 + at as f64, events, rank: Some(0) };
+            batch.encode(form).expect("encoding to memory")
+        })
+        .collect()
+}
+
+/// The payloads of a rank of the recorded stream that is large, in order.
+pub(crate) fn recorded(rank: u64) -> Vec<Vec<u8>> {
+    use base64::{Engine as _, prelude::BASE64_STANDARD};
+    use std::io::BufRead;
+    const FILE: &str =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/vllm-0.33.0/big_int_50k.jsonl.gz");
+    let file = flate2::read::GzDecoder::new(std::fs::File::open(FILE).expect("the fixture"));
+    std::io::BufReader::new(file)
+        .lines()
+        .map(|line| serde_json::from_str(&line.expect("text")).expect("a line of JSON"))
+        .filter(|line: &serde_json::Value| line["rank"] == rank)
+        .map(|line| {
+            let payload = line["payload_b64"].as_str().expect("a payload");
+            BASE64_STANDARD.decode(payload).expect("base64")
         })
         .collect()
 }

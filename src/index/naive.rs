@@ -346,10 +346,9 @@ impl Pod {
         }
         let tiers = (0..crate::model::TierTable::MAX)
             .map(|tier| TierId(tier as u8))
+            .filter(|&tier| self.entries.values().any(|entry| entry.held_in(Some(tier))))
             .map(|tier| (tier, self.depth(keys, Some(tier), false) as u32))
-            .filter(|&(tier, depth)| {
-                depth > 0 && self.entries.values().any(|entry| entry.held_in(Some(tier)))
-            })
+            .filter(|&(_, depth)| depth > 0)
             .collect();
         (depth > 0).then(|| Match {
             slot: PodSlot(0),

@@ -259,7 +259,8 @@ impl Row {
 pub struct Table {
     /// In order of registration.
     pub rows: Vec<Arc<Row>>,
-    by_slot: HashMap<PodSlot, Arc<Row>>,
+    /// Slots are dense, and every answer asks for as many as it names.
+    by_slot: Vec<Option<Arc<Row>>>,
     by_pod: HashMap<Arc<str>, Vec<Arc<Row>>>,
     /// Changes with every registration and removal.
     pub version: u64,
@@ -269,7 +270,7 @@ impl Table {
     /// The row of a slot.
     #[must_use]
     pub fn slot(&self, slot: PodSlot) -> Option<&Arc<Row>> {
-        self.by_slot.get(&slot)
+        self.by_slot.get(slot.0 as usize)?.as_ref()
     }
 
     /// The rows of a pod, by rank.
@@ -279,7 +280,12 @@ impl Table {
     }
 
     fn new(rows: Vec<Arc<Row>>, version: u64) -> Self {
-        let by_slot = rows.iter().map(|row| (row.slot, Arc::clone(row))).collect();
+        let mut by_slot = Vec::new();
+        for row in &rows {
+            let at = row.slot.0 as usize;
+            by_slot.resize(by_slot.len().max(at + 1), None);
+            by_slot[at] = Some(Arc::clone(row));
+        }
         let mut by_pod: HashMap<Arc<str>, Vec<Arc<Row>>> = HashMap::new();
         for row in &rows {
             by_pod.entry(Arc::clone(&row.id.pod)).or_default().push(Arc::clone(row));

@@ -301,29 +301,45 @@ impl<'a> Cursor<'a> {
     /// last 7 bytes. Returns how many it read.
     ///
     /// Equivalent to calling [`int`](Self::int) while it returns such a form. As long as all are
-    /// 16 bits wide, the branch on that is free. Text mixes widths, where a mispredicted branch
-    /// costs more than the step: from the first other width on, two steps at a time are computed.
+    /// 16 or all are 32 bits wide, the branch on that is free. Text mixes widths, where a mispredicted
+    /// branch costs more than the step: then two steps at a time are computed, see [`Mixed`].
     #[inline]
     pub(super) fn fill_u32(&mut self, slots: &mut [u32]) -> usize {
         let mut rest = self.rest;
         let mut read = 0;
-        while let [0xcd, high, low, tail @ ..] = rest
-            && let Some(slot) = slots.get_mut(read)
-        {
-            *slot = u32::from(u16::from_be_bytes([*high, *low]));
-            rest = tail;
-            read += 1;
-        }
-        while let Some([low, high]) = slots.get_mut(read..).and_then(<[u32]>::first_chunk_mut)
-            && let Some((first, second)) = two_u32(rest)
-            && let Some(tail) = rest.get(first + second..)
-            && let Some(first_at) = rest.first_chunk::<8>()
-            && let Some(second_at) = rest.get(first..).and_then(<[u8]>::first_chunk)
-        {
-            *low = short_u32(*first_at, first);
-            *high = short_u32(*second_at, second);
-            rest = tail;
-            read += 2;
+        let mut mixed = Mixed::default();
+        loop {
+            let from = read;
+            while let [0xcd, high, low, tail @ ..] = rest
+                && let Some(slot) = slots.get_mut(read)
+            {
+                *slot = u32::from(u16::from_be_bytes([*high, *low]));
+                rest = tail;
+                read += 1;
+            }
+            while let [0xce, a, b, c, d, tail @ ..] = rest
+                && let Some(slot) = slots.get_mut(read)
+            {
+                *slot = u32::from_be_bytes([*a, *b, *c, *d]);
+                rest = tail;
+                read += 1;
+            }
+            let until = mixed.until(from, read);
+            while read < until
+                && let Some([low, high]) = slots.get_mut(read..).and_then(<[u32]>::first_chunk_mut)
+                && let Some((first, second)) = two_u32(rest)
+                && let Some(tail) = rest.get(first + second..)
+                && let Some(first_at) = rest.first_chunk::<8>()
+                && let Some(second_at) = rest.get(first..).and_then(<[u8]>::first_chunk)
+            {
+                *low = short_u32(*first_at, first);
+                *high = short_u32(*second_at, second);
+                rest = tail;
+                read += 2;
+            }
+            if read == from {
+                break;
+            }
         }
         while let Some(slot) = slots.get_mut(read)
             && let Some(window @ [marker, ..]) = rest.first_chunk::<8>()
@@ -425,6 +441,28 @@ impl<'a> Cursor<'a> {
 #[inline(always)]
 fn long(bytes: [u8; 4]) -> usize {
     usize::try_from(u32::from_be_bytes(bytes)).unwrap_or(usize::MAX)
+}
+
+/// For how many integers widths are taken to be mixed. Where one width alone is the rule, few: the next
+/// run of it is near. Each time that such a run turns out short, twice as many.
+#[derive(Debug)]
+struct Mixed(usize);
+
+impl Default for Mixed {
+    fn default() -> Self {
+        Self(16)
+    }
+}
+
+impl Mixed {
+    /// Where the next run is to be looked for, after one from `from` to `to`.
+    #[inline(always)]
+    fn until(&mut self, from: usize, to: usize) -> usize {
+        if to - from < 16 {
+            self.0 = self.0.saturating_mul(2);
+        }
+        to.saturating_add(self.0)
+    }
 }
 
 /// Bytes after the marker of an unsigned integer: none for `0x00..=0x7f`, and 1, 2, 4, 8 for

@@ -1,13 +1,20 @@
 //! Every index against the oracle: random event streams, serial and concurrent.
 //!
 //! `suite!` gives an index the whole suite. The streams follow from `SEED` (a number, 1 by default),
-//! so that a failure comes again; a failing stream is shrunk and printed. More cases or another
-//! seed make it a soak:
-//! `SEED=$RANDOM PROPTEST_CASES=20000 cargo test --release --test it differential`.
+//! so that a failure comes again; a failing stream is shrunk and printed. Few of them are played here,
+//! without optimization; `tests/soak` plays them optimized, `PROPTEST_CASES` times:
+//! `SEED=$RANDOM PROPTEST_CASES=20000 cargo test --manifest-path tests/soak/Cargo.toml`.
 
+mod lanes;
 mod world;
 
-use std::sync::Arc;
+use std::{
+    io::Write,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
 
 use kv_indexer::{
     hash::{Algorithm, Scheme},
@@ -45,13 +52,24 @@ fn look(index: &dyn BlockIndex, keys: &[RequestKey]) -> Vec<Match> {
 
 /// Compares everything that the trait tells, for every chain that the stream ever named.
 fn compare(subject: &dyn BlockIndex, oracle: &dyn BlockIndex, world: &World) -> Result<(), String> {
-    for keys in world.queries() {
-        let (got, want) = (look(subject, &keys), look(oracle, &keys));
+    compare_some(subject, oracle, world, 0, 1)
+}
+
+/// Compares everything that the trait tells, for every `step`th chain from `first` on.
+fn compare_some(
+    subject: &dyn BlockIndex,
+    oracle: &dyn BlockIndex,
+    world: &World,
+    first: usize,
+    step: usize,
+) -> Result<(), String> {
+    for keys in world.queries().skip(first % step).step_by(step) {
+        let (got, want) = (look(subject, keys), look(oracle, keys));
         if got != want {
             return Err(format!("lookup of {} keys:\n got {got:?}\nwant {want:?}", keys.len()));
         }
         for (block, &key) in keys.iter().enumerate() {
-            let (got, want) = (subject.holders(&keys, block), oracle.holders(&keys, block));
+            let (got, want) = (subject.holders(keys, block), oracle.holders(keys, block));
             if got != want {
                 return Err(format!("holders of {key:?}: got {got:?}, want {want:?}"));
             }
@@ -81,12 +99,13 @@ fn compare(subject: &dyn BlockIndex, oracle: &dyn BlockIndex, world: &World) -> 
 /// Applies a stream to both and compares after every operation.
 fn serial(subject: &dyn BlockIndex, sizes: Sizes, ops: &[Op]) -> Result<(), String> {
     let oracle = NaiveIndex::new(config());
-    let mut world = World::new(sizes);
+    let mut world = World::new(sizes, world::PODS);
     for pod in 0..world::PODS {
         let (a, b) = (subject.register(spec(sizes)), oracle.register(spec(sizes)));
         assert_eq!(a, b, "both give out the lowest free slot");
         world.add(pod, a.unwrap());
     }
+    count(ops.len());
     for (at, op) in ops.iter().enumerate() {
         let event = world.event(op);
         let (got, want) = (world.apply(subject, &event), world.apply(&oracle, &event));
@@ -106,6 +125,20 @@ fn serial(subject: &dyn BlockIndex, sizes: Sizes, ops: &[Op]) -> Result<(), Stri
     Ok(())
 }
 
+/// Events applied to a subject so far, by all tests of this process.
+static EVENTS: AtomicU64 = AtomicU64::new(0);
+
+fn count(events: usize) {
+    EVENTS.fetch_add(events as u64, Ordering::Relaxed);
+}
+
+/// Tells the user how many events a test applied, whether or not its output is captured.
+fn report(test: &str, before: u64, more: &str) {
+    let total = EVENTS.load(Ordering::Relaxed);
+    let line = format!("differential {test}: events={} of {total} so far{more}\n", total - before);
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
+}
+
 /// A runner of `cases` cases, or of a `share`th of `PROPTEST_CASES`, whose streams follow from `SEED`.
 fn runner(cases: u32, share: u32, max_shrink_iters: u32) -> TestRunner {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u32>().unwrap());
@@ -122,21 +155,23 @@ fn runner(cases: u32, share: u32, max_shrink_iters: u32) -> TestRunner {
 
 /// Runs random streams; returns the shrunk failure, if any.
 fn check(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
+    let before = EVENTS.load(Ordering::Relaxed);
     let mut runner = runner(cases, 1, 4096);
-    let streams = (world::sizes(), ops(48));
+    let streams = (world::sizes(), ops(48, world::PODS));
     let result = runner
         .run(&streams, |(sizes, ops)| serial(&*make(), sizes, &ops).map_err(TestCaseError::fail));
+    report("serial", before, "");
     result.map_err(|failure| failure.to_string())
 }
 
 /// Each pod's stream on a thread of its own, with readers beside them; exact at the end.
 fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
     let mut runner = runner(cases, 12, 0);
-    let streams = (world::sizes(), ops(400));
+    let streams = (world::sizes(), ops(400, world::PODS));
     let result = runner.run(&streams, |(sizes, ops)| {
         let subject = make();
         let oracle = NaiveIndex::new(config());
-        let mut world = World::new(sizes);
+        let mut world = World::new(sizes, world::PODS);
         for pod in 0..world::PODS {
             world.add(pod, subject.register(spec(sizes)).unwrap());
             oracle.register(spec(sizes)).unwrap();
@@ -148,12 +183,13 @@ fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), 
         world.apply_at(&*subject, idle, &full);
         world.apply_at(&oracle, idle, &full);
         let mut lanes: Vec<Vec<world::Event>> = vec![Vec::new(); world::PODS];
+        count(ops.len());
         for op in &ops {
             let event = world.event(op);
             world.apply(&oracle, &event);
             lanes[event.pod].push(event);
         }
-        let stop = std::sync::atomic::AtomicBool::new(false);
+        let stop = AtomicBool::new(false);
         let (subject, world, stop) = (&*subject, &world, &stop);
         let keys = world.full_keys(5);
         let steady = std::thread::scope(|scope| {
@@ -169,7 +205,7 @@ fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), 
                 .collect();
             let reader = scope.spawn(move || {
                 let mut calls = 0u64;
-                while calls < 10 || !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                while calls < 10 || !stop.load(Ordering::Relaxed) {
                     let found = look(subject, &keys);
                     let own = found.iter().find(|found| found.slot == idle);
                     if own.is_none_or(|own| own.confirmed as usize != keys.len()) {
@@ -180,7 +216,7 @@ fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), 
                 Ok(())
             });
             writers.into_iter().for_each(|writer| writer.join().unwrap());
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            stop.store(true, Ordering::Relaxed);
             reader.join().unwrap()
         });
         steady.and_then(|()| compare(subject, &oracle, world)).map_err(TestCaseError::fail)
@@ -204,6 +240,14 @@ macro_rules! suite {
             }
 
             #[test]
+            fn agrees_with_the_oracle_on_lanes() {
+                for lanes in [1, 2, 4] {
+                    let name = format!("{} on {lanes} lanes", stringify!($name));
+                    lanes::check(&name, &|| Box::new($make), lanes, 16).unwrap();
+                }
+            }
+
+            #[test]
             fn rejoining_suffix_is_not_credited() {
                 // W0 holds [A], W1 holds [X, B]: for [A, B] neither holds B.
                 world::rejoining_suffix(&$make);
@@ -220,7 +264,7 @@ suite!(naive, NaiveIndex::new(config()));
 struct Broken {
     inner: RunIndex,
     bug: Bug,
-    removals: std::sync::atomic::AtomicU64,
+    removals: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -257,7 +301,7 @@ impl BlockIndex for Broken {
         self.inner.store(slot, &store)
     }
     fn remove(&self, slot: PodSlot, remove: &kv_indexer::index::Remove<'_>) {
-        let count = self.removals.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let count = self.removals.fetch_add(1, Ordering::Relaxed);
         let mut remove = *remove;
         match self.bug {
             Bug::DropsEveryFifthRemoval if count % 5 == 4 => return,
@@ -324,11 +368,7 @@ fn suite_sees_planted_bugs() {
         Bug::ForgetsExtras,
     ] {
         let make = || -> Box<dyn BlockIndex> {
-            Box::new(Broken {
-                inner: RunIndex::new(config()),
-                bug,
-                removals: std::sync::atomic::AtomicU64::new(0),
-            })
+            Box::new(Broken { inner: RunIndex::new(config()), bug, removals: AtomicU64::new(0) })
         };
         assert!(check(&make, 400).is_err(), "{bug:?} went unseen");
     }

@@ -136,7 +136,6 @@ impl<'a> Walk<'a> {
                 continue;
             };
             let before = self.found.len();
-            self.pending.clear();
             match self.read(&found, at as u32) {
                 Some((now, left)) if Snapshot::is_consistent(&found) => {
                     self.settle(at as u32, now, &left);
@@ -148,7 +147,11 @@ impl<'a> Walk<'a> {
                     }
                 }
                 None if Snapshot::is_consistent(&found) => return Err(Outdated),
-                _ => self.found.truncate(before),
+                // Torn. The run may be gone at the next look, so nothing of it may stay.
+                _ => {
+                    self.found.truncate(before);
+                    self.pending.clear();
+                }
             }
         }
         let end = at.min(self.keys.len()) as u32;

@@ -55,7 +55,7 @@ pub(super) fn status_of(
         dp_rank: row.id.rank,
         model: row.model.to_string(),
         endpoint: row.endpoint.to_string(),
-        state: proto_state(&status).into(),
+        state: proto_state((status.state, status.stale)).into(),
         may_undercount: status.may_undercount(),
         may_overcount: status.may_overcount(),
         applied_sequence: progress.applied,
@@ -84,12 +84,12 @@ pub(super) fn status_of(
     answer
 }
 
-/// The state as the API names it: the stale overlay hides the state beneath.
-pub(super) fn proto_state(status: &RowStatus) -> pb::PodState {
-    if status.stale {
+/// State and stale overlay as the API names them: the overlay hides the state beneath.
+pub(super) fn proto_state((state, stale): (PodState, bool)) -> pb::PodState {
+    if stale {
         return pb::PodState::Stale;
     }
-    match status.state {
+    match state {
         PodState::Connecting => pb::PodState::Connecting,
         PodState::Replaying => pb::PodState::Replaying,
         PodState::Live => pb::PodState::Live,

@@ -166,7 +166,12 @@ fn keep_best(rows: &mut Vec<Scored<'_>>, most: usize) {
 
 /// Parallel arrays. An unknown pod has no slot, so it is absent.
 fn compact(rows: &[Scored<'_>]) -> pb::CompactScores {
-    let mut compact = pb::CompactScores::default();
+    let mut compact = pb::CompactScores {
+        slots: Vec::with_capacity(rows.len()),
+        depths: Vec::with_capacity(rows.len()),
+        scores: Vec::with_capacity(rows.len()),
+        confirmed: Vec::with_capacity(rows.len()),
+    };
     let (mut plain, mut sure) = (true, true);
     for (row, found) in rows.iter().filter_map(|scored| Some((scored.row?, scored.found))) {
         let (depth, score, confirmed) =
@@ -197,7 +202,7 @@ pub(super) fn pod_score(
     let mut score = pb::PodScore {
         pod: row.id.pod.to_string(),
         dp_rank: row.id.rank,
-        state: proto_state(&row.status()).into(),
+        state: proto_state(row.trust()).into(),
         ..pb::PodScore::default()
     };
     let Some(found) = found else { return score };

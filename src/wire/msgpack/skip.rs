@@ -2,7 +2,7 @@
 //!
 //! Half of decoding is this: a batch is skipped over once before its events are read.
 
-use super::{Fault, int_bytes, long, two_u32};
+use super::{Fault, Mixed, int_bytes, long, two_u32};
 
 /// A skip under way. Positions are slices in registers, and the fault is set aside, because a
 /// cursor in memory costs a stall for every container.
@@ -121,18 +121,32 @@ impl Skip {
 #[inline(always)]
 fn skip_ints(mut rest: &[u8], most: usize) -> (usize, &[u8]) {
     let mut skipped = 0;
-    while skipped < most
-        && let [0xcd, _, _, tail @ ..] = rest
-    {
-        rest = tail;
-        skipped += 1;
-    }
-    while skipped + 2 <= most
-        && let Some((first, second)) = two_u32(rest)
-        && let Some(tail) = rest.get(first + second..)
-    {
-        rest = tail;
-        skipped += 2;
+    let mut mixed = Mixed::default();
+    loop {
+        let from = skipped;
+        while skipped < most
+            && let [0xcd, _, _, tail @ ..] = rest
+        {
+            rest = tail;
+            skipped += 1;
+        }
+        while skipped < most
+            && let [0xce, _, _, _, _, tail @ ..] = rest
+        {
+            rest = tail;
+            skipped += 1;
+        }
+        let until = mixed.until(from, skipped).min(most);
+        while skipped + 2 <= until
+            && let Some((first, second)) = two_u32(rest)
+            && let Some(tail) = rest.get(first + second..)
+        {
+            rest = tail;
+            skipped += 2;
+        }
+        if skipped == from {
+            break;
+        }
     }
     while skipped < most
         && let [marker @ (0x00..=0x7f | 0xcc..=0xcf), tail @ ..] = rest

@@ -119,6 +119,37 @@ fn runs_stop_before_other_forms() {
     assert_eq!(slots.map(|key| key.0), [1, u64::MAX, 0x1819_1a1b_1c1d_1e1f, 0]);
 }
 
+#[test]
+fn runs_of_mixed_widths_read_as_one_by_one() {
+    // Long runs of one width, and every alternation in between.
+    let mut random = fastrand::Rng::with_seed(1);
+    for _ in 0..200 {
+        let (mut bytes, mut want) = (Vec::new(), Vec::new());
+        while want.len() < 400 {
+            let (run, width) = (1 << random.u32(0..8), random.u32(0..4));
+            for _ in 0..run {
+                let value = random.u32(..);
+                match width {
+                    0 => bytes.push(value as u8 & 0x7f),
+                    1 => bytes.extend([0xcc, value as u8]),
+                    2 => bytes.extend([&[0xcd][..], &(value as u16).to_be_bytes()].concat()),
+                    _ => bytes.extend([&[0xce][..], &value.to_be_bytes()].concat()),
+                }
+                want.push([value & 0x7f, value & 0xff, value & 0xffff, value][width as usize]);
+            }
+        }
+        bytes.extend([0xc0; 8]);
+        let mut cursor = Cursor::new(&bytes);
+        let mut slots = vec![0; want.len() + 1];
+        assert_eq!(cursor.fill_u32(&mut slots), want.len());
+        assert_eq!(slots[..want.len()], want);
+        assert_eq!(cursor.rest(), [0xc0; 8]);
+        let mut cursor = Cursor::new(&bytes);
+        cursor.skip_values(want.len(), 0).unwrap();
+        assert_eq!(cursor.rest(), [0xc0; 8]);
+    }
+}
+
 fn value() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Nil),

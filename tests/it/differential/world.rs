@@ -1,7 +1,7 @@
 //! A small universe in which random streams collide: few pods, few tokens, short paths.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     time::Instant,
@@ -105,8 +105,8 @@ pub(super) enum Shape {
     Conflict,
 }
 
-pub(super) fn ops(length: usize) -> impl Strategy<Value = Vec<Op>> {
-    let pod = 0..PODS;
+pub(super) fn ops(length: usize, pods: usize) -> impl Strategy<Value = Vec<Op>> {
+    let pod = 0..pods;
     let shape = prop_oneof![
         8 => Just(Shape::Dense),
         2 => Just(Shape::Sparse),
@@ -227,9 +227,18 @@ pub(super) struct World {
     slots: BTreeMap<usize, PodSlot>,
     /// Every path of every pod, with its engine key: pods share prefixes.
     paths: Vec<(Path, EngineKey)>,
+    /// The engine keys of `paths`.
+    known: BTreeSet<EngineKey>,
+    /// The keys of every path, and of what goes on beyond it.
+    queries: BTreeSet<Vec<RequestKey>>,
+    /// Streams have a window group.
+    windows: bool,
     stored: Vec<Vec<(EngineKey, usize, u8)>>,
     sequence: u64,
 }
+
+/// The one of [`group`] that slides.
+const WINDOW_GROUP: usize = 2;
 
 /// Attention groups: none, full, sliding, full, unsupported.
 fn group(at: usize) -> (Option<u32>, Option<GroupKind>) {
@@ -245,14 +254,35 @@ fn group(at: usize) -> (Option<u32>, Option<GroupKind>) {
 const TIERS: [&str; 3] = ["gpu", "cpu", "disk"];
 
 impl World {
-    pub(super) fn new(sizes: Sizes) -> Self {
+    pub(super) fn new(sizes: Sizes, pods: usize) -> Self {
         Self {
             sizes,
             slots: BTreeMap::new(),
             paths: Vec::new(),
-            stored: vec![Vec::new(); PODS],
+            known: BTreeSet::new(),
+            queries: BTreeSet::new(),
+            windows: true,
+            stored: vec![Vec::new(); pods],
             sequence: 0,
         }
+    }
+
+    /// From now on, what would be in the window group is in the full one before it.
+    pub(super) fn without_windows(&mut self) {
+        self.windows = false;
+    }
+
+    pub(super) fn has_windows(&self) -> bool {
+        self.windows
+    }
+
+    /// The pod begins anew: nothing that it stored is there to be removed.
+    pub(super) fn forget(&mut self, pod: usize) {
+        self.stored[pod].clear();
+    }
+
+    pub(super) fn slot(&self, pod: usize) -> PodSlot {
+        self.slots[&pod]
     }
 
     pub(super) fn add(&mut self, pod: usize, slot: PodSlot) {
@@ -264,16 +294,8 @@ impl World {
     }
 
     /// The keys of every path that the stream named, and of one that goes on beyond each.
-    pub(super) fn queries(&self) -> Vec<Vec<RequestKey>> {
-        let mut queries: Vec<Vec<RequestKey>> = Vec::new();
-        for (path, _) in &self.paths {
-            let mut longer = path.clone();
-            longer.tokens.extend([7; 5]);
-            queries.push(longer.keys(self.sizes.request));
-        }
-        queries.sort_unstable();
-        queries.dedup();
-        queries
+    pub(super) fn queries(&self) -> impl Iterator<Item = &Vec<RequestKey>> {
+        self.queries.iter()
     }
 
     pub(super) fn event(&mut self, op: &Op) -> Event {
@@ -282,6 +304,7 @@ impl World {
         let (pod, what) = match op {
             Op::Store { pod, .. } => (*pod, self.store(op)),
             Op::Remove { pod, group, block, count, tier } => {
+                let group = &self.group(*group);
                 let keys = (0..*count)
                     .filter_map(|at| pick(&self.paths, block.wrapping_add(at)))
                     .map(|(_, key)| *key)
@@ -322,11 +345,16 @@ impl World {
         Event { pod, what }
     }
 
+    fn group(&self, group: usize) -> usize {
+        if group == WINDOW_GROUP && !self.windows { group - 1 } else { group }
+    }
+
     fn store(&mut self, op: &Op) -> What {
         let Op::Store { pod, group, parent, contents, tier, extra, lora, shape, variant } = op
         else {
             unreachable!("called for stores")
         };
+        let group = &self.group(*group);
         // Every third store begins a prompt.
         let mut base = match pick(&self.paths, *parent) {
             Some((path, key)) if parent % 3 != 0 => Some((path.clone(), *key)),
@@ -425,9 +453,12 @@ impl World {
     }
 
     fn remember(&mut self, path: &Path) {
-        let entry = (path.clone(), path.engine_key());
-        if !self.paths.contains(&entry) {
-            self.paths.push(entry);
+        let key = path.engine_key();
+        if self.known.insert(key) {
+            self.paths.push((path.clone(), key));
+            let mut longer = path.clone();
+            longer.tokens.extend([7; 5]);
+            self.queries.insert(longer.keys(self.sizes.request));
         }
     }
 
@@ -535,7 +566,7 @@ pub(super) fn rejoining_suffix(index: &dyn BlockIndex) {
         model: Arc::from("m"),
         count_mode: CountMode::Counted,
     };
-    let mut world = World::new(sizes);
+    let mut world = World::new(sizes, PODS);
     world.add(0, index.register(spec.clone()).unwrap());
     world.add(1, index.register(spec).unwrap());
     let store = |pod, contents: &[u8]| Op::Store {

@@ -1,0 +1,6 @@
+//! The tests of `tests/it/differential.rs`.
+
+#[path = "../../it"]
+mod it {
+    mod differential;
+}
