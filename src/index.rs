@@ -138,6 +138,19 @@ pub struct Remove<'a> {
     pub sequence: u64,
 }
 
+/// Sequence that [`BlockIndex::removed_at`] tells of blocks that were dropped as unconfirmed. No
+/// batch has it.
+pub const DROPPED: u64 = u64::MAX;
+
+/// What [`BlockIndex::drop_unconfirmed`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Blocks taken out, counted as in [`PodUsage::unconfirmed`].
+    pub blocks: u64,
+    /// There may be more.
+    pub more: bool,
+}
+
 /// What became of a store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoreOutcome {
@@ -203,6 +216,8 @@ pub struct PodUsage {
     pub block_sizes: Vec<u32>,
     /// Of `blocks_by_tier`, those that are announced once more at least than removed.
     pub repeated: u64,
+    /// Of `blocks_by_tier`, those that no store has named since the latest [`BlockIndex::doubt`].
+    pub unconfirmed: u64,
 }
 
 impl PodUsage {
@@ -283,6 +298,21 @@ pub trait BlockIndex: Send + Sync + std::fmt::Debug {
     fn holders(&self, keys: &[RequestKey], block: usize) -> Vec<PodSlot>;
     /// Sequence of the batch that last removed `key` from the row, if it is among the last 4 096.
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64>;
+    /// Events of the row were lost: from now on everything that it holds is unconfirmed until a store
+    /// names it again, in its group and tier, or [`confirm`](Self::confirm) does. A later doubt
+    /// begins anew; a clear ends it. Returns the doubt's number, which grows during the row's life.
+    fn doubt(&self, slot: PodSlot) -> u64;
+    /// Takes some of the blocks out that are unconfirmed since the doubt of that number: looks at
+    /// some 16 000 blocks (a few milliseconds), so that the row's writer is not kept long. Call it
+    /// until there is no more.
+    fn drop_unconfirmed(&self, slot: PodSlot, doubt: u64) -> Dropped;
+    /// The engine was seen to hold these request blocks, which lead from the start of a prompt: the
+    /// engine blocks of full-attention groups that make them up, in any tier, are not in doubt any
+    /// more. What the row does not hold stays so.
+    ///
+    /// Cost: nothing outside a doubt; in one, a probe per block, and a scan of the engine blocks that
+    /// are not exactly a request block each.
+    fn confirm(&self, slot: PodSlot, keys: &[RequestKey]);
     /// How much the row holds.
     fn pod_usage(&self, slot: PodSlot) -> PodUsage;
     /// How much the index holds.

@@ -25,6 +25,7 @@ mod frame;
 mod lane;
 mod line;
 pub mod llmd;
+pub mod loss;
 pub mod metrics;
 mod peers;
 mod publisher;
@@ -132,6 +133,7 @@ impl Ingest {
             metrics,
             limits: config.limits.clone(),
             orphan_timeout: config.orphan_timeout,
+            loss: config.loss.clone(),
         });
         let bind = config.bind.clone();
         let context = Arc::new(Context { config, models, shared, lanes, curve });

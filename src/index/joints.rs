@@ -101,6 +101,14 @@ impl Joints {
         self.joints.get(&key).is_some_and(|joint| !joint.facts.is_empty())
     }
 
+    /// The engine blocks that make up a request block, in the parts that hold it.
+    pub(crate) fn makers(&self, key: RequestKey) -> SmallVec<[EntryKey; 4]> {
+        let Some(joint) = self.joints.get(&key) else { return SmallVec::new() };
+        let nodes = joint.ends.iter().filter_map(|(prefix, _)| self.nodes.get(prefix));
+        let entries = nodes.flat_map(|node| node.entries.iter().map(|(at, _)| *at));
+        entries.filter(|at| joint.facts.iter().any(|(part, _)| *part == at.1)).collect()
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         (self.joints.len() + self.nodes.len()) as u64 * BYTES
     }

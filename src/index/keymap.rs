@@ -8,7 +8,8 @@ use hashbrown::{HashTable, hash_table::Entry};
 
 use crate::{index::runs::Block, model::EngineKey};
 
-const SHARDS: usize = 64;
+/// Parts of the table.
+pub(crate) const SHARDS: usize = 64;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -75,6 +76,11 @@ impl KeyMap {
     /// Every block that has a key.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = Block> + '_ {
         self.shards.iter().flat_map(|shard| shard.iter().copied())
+    }
+
+    /// Those of one shard; none beyond the last.
+    pub(crate) fn blocks_of(&self, shard: usize) -> impl Iterator<Item = Block> + '_ {
+        self.shards.get(shard).into_iter().flat_map(|shard| shard.iter().copied())
     }
 }
 

@@ -24,6 +24,8 @@
 //!   block, the plain one becomes an entry.
 //! * What an entry or a joint names lies where it lies, held or not: *spots* pin it, counted.
 
+mod doubt;
+
 use std::{
     collections::{HashMap, VecDeque, hash_map},
     sync::{
@@ -123,6 +125,10 @@ pub(crate) struct Ledger {
     joints: Joints,
     orphans: Orphans,
     removed: VecDeque<(RequestKey, u64)>,
+    /// Since events were lost: what has been named again.
+    doubt: Option<Box<doubt::Doubt>>,
+    /// How often that was.
+    doubts: u64,
     roots: Vec<(Arc<str>, RequestKey)>,
     block_sizes: Vec<u32>,
     by_tier: [u64; TierTable::MAX],
@@ -183,6 +189,8 @@ impl Ledger {
             joints: Joints::default(),
             orphans: Orphans::new(config.orphan_blocks),
             removed: VecDeque::new(),
+            doubt: None,
+            doubts: 0,
             block_sizes: Vec::new(),
             by_tier: [0; TierTable::MAX],
             repeated: 0,
@@ -195,6 +203,7 @@ impl Ledger {
     pub(crate) fn reborn(&self, config: &IndexConfig, seat: Seat) -> Self {
         Self {
             mode: self.mode,
+            doubts: self.doubts,
             groups: self.groups.clone(),
             roots: self.roots.clone(),
             block_sizes: self.block_sizes.clone(),
@@ -410,6 +419,7 @@ impl Ledger {
         if !placed.is_empty() {
             outcome.attached = self.attach(&placed, out);
         }
+        self.touch(store.keys, part, store.tier);
         if !confirmed {
             self.confirm(store.keys, part, out);
         }
@@ -919,6 +929,9 @@ impl Ledger {
                 }
                 line.unset(at, at + 1);
                 self.by_tier[usize::from(id.tag()) % TierTable::MAX] -= 1;
+                if let Some(doubt) = &mut self.doubt {
+                    doubt.forget((key, 0), remove.tier);
+                }
                 if others.iter().any(|other| other.holds(at)) {
                     continue;
                 }
@@ -945,6 +958,9 @@ impl Ledger {
             return;
         }
         self.by_tier[usize::from(remove.tier.0) % TierTable::MAX] -= 1;
+        if let Some(doubt) = &mut self.doubt {
+            doubt.forget(at, remove.tier);
+        }
         if entry.counts.len() > 1 {
             entry.counts.swap_remove(held);
             if entry.place.is_some() {
@@ -1150,6 +1166,7 @@ impl Ledger {
             + self.odd_bytes
             + self.joints.bytes()
             + self.orphans.bytes()
+            + self.doubt_bytes()
     }
 
     pub(crate) fn usage(&self) -> PodUsage {
@@ -1162,6 +1179,7 @@ impl Ledger {
             loras: self.roots.iter().skip(1).map(|(name, _)| Arc::clone(name)).collect(),
             block_sizes: self.block_sizes.clone(),
             repeated: self.repeated,
+            unconfirmed: self.unconfirmed(),
         }
     }
 }

@@ -14,7 +14,8 @@ use std::{
 use self::path::{OwnedExtra, Path, Place, own};
 use crate::{
     index::{
-        BlockIndex, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome,
+        BlockIndex, DROPPED, Dropped, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove,
+        Store, StoreOutcome,
     },
     model::{CountMode, EngineKey, GroupKind, PodSlot, RequestKey, TierId},
 };
@@ -38,6 +39,10 @@ struct Pod {
     orphans: Vec<Orphan>,
     marks: BTreeMap<RequestKey, BTreeSet<u64>>,
     removed: BTreeMap<RequestKey, u64>,
+    /// How often events were lost.
+    doubts: u64,
+    /// Under which doubt each held copy was named last.
+    named: BTreeMap<(EngineKey, Group, TierId), u64>,
     /// Every path that was ever laid, by the key of each of its request blocks.
     paths: BTreeMap<RequestKey, Arc<Path>>,
 }
@@ -85,6 +90,8 @@ impl Pod {
             orphans: Vec::new(),
             marks: BTreeMap::new(),
             removed: BTreeMap::new(),
+            doubts: 0,
+            named: BTreeMap::new(),
             paths: BTreeMap::new(),
         }
     }
@@ -109,6 +116,7 @@ impl Pod {
             return outcome;
         }
         for key in store.keys {
+            self.named.insert((*key, store.group, store.tier), self.doubts);
             let entry = self.entries.entry((*key, store.group)).or_default();
             let count = entry.counts.entry(store.tier).or_default();
             *count = if self.count_mode == CountMode::Set { 1 } else { *count + 1 };
@@ -196,6 +204,46 @@ impl Pod {
         outcome
     }
 
+    /// Takes one copy away, or `all` of them.
+    fn remove(&mut self, key: EngineKey, group: Group, tier: TierId, all: bool, sequence: u64) {
+        let Some(entry) = self.entries.get_mut(&(key, group)) else { return };
+        if let Some(count) = entry.counts.get_mut(&tier) {
+            *count = if all { 0 } else { count.saturating_sub(1) };
+            if *count == 0 {
+                self.named.remove(&(key, group, tier));
+            }
+        }
+        if entry.held() {
+            return;
+        }
+        if let Some(place) = entry.place.take() {
+            let size = self.spec.scheme.block_size() as usize;
+            for key in place.path.keys(&self.spec).into_iter().skip(place.start.div_ceil(size)) {
+                self.removed.insert(key, sequence);
+            }
+        }
+        self.entries.remove(&(key, group));
+    }
+
+    /// The engine was seen to hold a request block: so it does what makes the block up.
+    fn vouch(&mut self, key: RequestKey) {
+        let Some(path) = self.paths.get(&key) else { return };
+        let block = self.block_of(key, path);
+        let groups: Vec<Group> =
+            self.groups.keys().copied().filter(|&group| self.is_full(group)).collect();
+        for group in groups {
+            if self.holds(key, block, group, None) {
+                let makers: Vec<EngineKey> =
+                    self.covering(key, block, group, None).map(|(key, _)| key).collect();
+                for ((key, of, _), under) in &mut self.named {
+                    if *of == group && makers.contains(key) {
+                        *under = self.doubts;
+                    }
+                }
+            }
+        }
+    }
+
     /// Gives a key its place, and the same place to what waits for it in other groups.
     fn lay(&mut self, key: EngineKey, group: Group, place: Place) -> Option<Place> {
         for known in place.path.keys(&self.spec) {
@@ -244,25 +292,38 @@ impl Pod {
     /// How many tokens of the block are covered.
     fn covered(&self, key: RequestKey, block: usize, group: Group, tier: Option<TierId>) -> usize {
         let size = self.spec.scheme.block_size() as usize;
-        let (from, to) = (block * size, (block + 1) * size);
-        let Some(path) = self.paths.get(&key) else { return 0 };
-        let covering: Vec<&Place> = self
-            .entries
-            .iter()
-            .filter(|((_, g), entry)| *g == group && entry.held_in(tier))
-            .filter_map(|(_, entry)| entry.place.as_ref())
-            .filter(|place| {
-                let end = place.end().min(to);
-                place.start < to
-                    && end > from
-                    && place.path.identity(end, &self.spec) == path.identity(end, &self.spec)
-            })
-            .collect();
-        (from..to)
+        let covering: Vec<&Place> =
+            self.covering(key, block, group, tier).map(|(_, place)| place).collect();
+        (block * size..(block + 1) * size)
             .filter(|&token| {
                 covering.iter().any(|place| place.start <= token && token < place.end())
             })
             .count()
+    }
+
+    /// The engine blocks that are held and cover some of the block.
+    fn covering(
+        &self,
+        key: RequestKey,
+        block: usize,
+        group: Group,
+        tier: Option<TierId>,
+    ) -> impl Iterator<Item = (EngineKey, &Place)> {
+        let size = self.spec.scheme.block_size() as usize;
+        let (from, to) = (block * size, (block + 1) * size);
+        let path = self.paths.get(&key);
+        self.entries
+            .iter()
+            .filter(move |((_, g), entry)| *g == group && entry.held_in(tier))
+            .filter_map(|((key, _), entry)| Some((*key, entry.place.as_ref()?)))
+            .filter(move |(_, place)| {
+                let end = place.end().min(to);
+                place.start < to
+                    && end > from
+                    && path.is_some_and(|path| {
+                        place.path.identity(end, &self.spec) == path.identity(end, &self.spec)
+                    })
+            })
     }
 
     /// Does the pod hold the block as far as full attention is concerned? Copies without a group
@@ -401,22 +462,9 @@ impl BlockIndex for NaiveIndex {
     fn remove(&self, slot: PodSlot, remove: &Remove<'_>) {
         let mut pods = self.pods();
         let Some(pod) = pods.get_mut(&slot) else { return };
-        let set = pod.count_mode == CountMode::Set;
+        let all = pod.count_mode == CountMode::Set;
         for key in remove.keys {
-            let Some(entry) = pod.entries.get_mut(&(*key, remove.group)) else { continue };
-            if let Some(count) = entry.counts.get_mut(&remove.tier) {
-                *count = if set { 0 } else { count.saturating_sub(1) };
-            }
-            if entry.held() {
-                continue;
-            }
-            if let Some(place) = entry.place.take() {
-                let size = pod.spec.scheme.block_size() as usize;
-                for key in place.path.keys(&pod.spec).into_iter().skip(place.start.div_ceil(size)) {
-                    pod.removed.insert(key, remove.sequence);
-                }
-            }
-            pod.entries.remove(&(*key, remove.group));
+            pod.remove(*key, remove.group, remove.tier, all, remove.sequence);
         }
     }
 
@@ -425,6 +473,7 @@ impl BlockIndex for NaiveIndex {
             pod.entries.clear();
             pod.orphans.clear();
             pod.removed.clear();
+            pod.named.clear();
         }
     }
 
@@ -493,6 +542,31 @@ impl BlockIndex for NaiveIndex {
         self.pods().get(&slot)?.removed.get(&key).copied()
     }
 
+    fn doubt(&self, slot: PodSlot) -> u64 {
+        let mut pods = self.pods();
+        let Some(pod) = pods.get_mut(&slot) else { return 0 };
+        pod.doubts += 1;
+        pod.doubts
+    }
+
+    fn drop_unconfirmed(&self, slot: PodSlot, doubt: u64) -> Dropped {
+        let mut pods = self.pods();
+        let Some(pod) = pods.get_mut(&slot) else { return Dropped::default() };
+        let before = pod.named.len();
+        for ((key, group, tier), under) in pod.named.clone() {
+            if under < doubt {
+                pod.remove(key, group, tier, true, DROPPED);
+            }
+        }
+        Dropped { blocks: (before - pod.named.len()) as u64, more: false }
+    }
+
+    fn confirm(&self, slot: PodSlot, keys: &[RequestKey]) {
+        if let Some(pod) = self.pods().get_mut(&slot) {
+            keys.iter().for_each(|&key| pod.vouch(key));
+        }
+    }
+
     fn pod_usage(&self, slot: PodSlot) -> PodUsage {
         let pods = self.pods();
         let Some(pod) = pods.get(&slot) else { return PodUsage::default() };
@@ -501,6 +575,7 @@ impl BlockIndex for NaiveIndex {
             blocks_by_tier: vec![0; crate::model::TierTable::MAX],
             orphans: pod.orphans.iter().map(|orphan| orphan.keys.len() as u64).sum(),
             hybrid_unsupported: pod.groups.values().any(|&kind| kind == GroupKind::Unsupported),
+            unconfirmed: pod.named.values().filter(|under| **under < pod.doubts).count() as u64,
             ..PodUsage::default()
         };
         for entry in pod.entries.values() {

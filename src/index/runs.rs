@@ -55,7 +55,8 @@ use self::{
 };
 use crate::{
     index::{
-        BlockIndex, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome,
+        BlockIndex, Dropped, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store,
+        StoreOutcome,
         ledger::{Ledger, Shared},
         marks::Marks,
         place::Tail,
@@ -406,6 +407,18 @@ impl BlockIndex for RunIndex {
 
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
         self.read(slot, |ledger| ledger.removed_at(key))?
+    }
+
+    fn doubt(&self, slot: PodSlot) -> u64 {
+        self.with(slot, |ledger, _| ledger.doubt()).unwrap_or_default()
+    }
+
+    fn drop_unconfirmed(&self, slot: PodSlot, doubt: u64) -> Dropped {
+        self.with(slot, |ledger, out| ledger.drop_unconfirmed(doubt, out)).unwrap_or_default()
+    }
+
+    fn confirm(&self, slot: PodSlot, keys: &[RequestKey]) {
+        self.with(slot, |ledger, out| ledger.vouch(keys, out));
     }
 
     fn pod_usage(&self, slot: PodSlot) -> PodUsage {

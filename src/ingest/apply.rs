@@ -9,6 +9,7 @@ use crate::{
     index::{BlockIndex, Extras, Remove, Store, StoreOutcome},
     ingest::{
         fleet::{Fleet, PodDeclaration, Row},
+        loss::{Doubt, LossConfig},
         metrics::IngestMetrics,
         sequencer::Reason,
     },
@@ -29,6 +30,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: IngestMetrics,
     pub(crate) limits: Limits,
     pub(crate) orphan_timeout: Duration,
+    pub(crate) loss: LossConfig,
 }
 
 /// See the module's documentation.
@@ -45,6 +47,7 @@ pub(crate) struct Applier {
     reason: Reason,
     /// A batch or a removal could not be used: scores may be high, whatever the sequencer says.
     damaged: Option<u64>,
+    doubt: Doubt,
     conflicts: u64,
     muted: bool,
     scratch: Scratch,
@@ -72,6 +75,7 @@ impl Applier {
             state: PodState::Connecting,
             reason: Reason::None,
             damaged: None,
+            doubt: Doubt::new(&shared.loss, declaration.loss_policy),
             conflicts: 0,
             muted: false,
             scratch: Scratch::default(),
@@ -105,6 +109,7 @@ impl Applier {
 
     fn forget(&mut self) {
         self.index().clear(self.row.slot);
+        self.doubt.forget();
         self.row.update(|status| status.capped = false);
         self.count_mode(None);
         self.recover();
@@ -185,7 +190,7 @@ impl Applier {
                             metrics.reject(error.reason());
                             tracing::debug!(pod = %self.row.id, sequence, %error, "Event skipped.");
                             if !matches!(error, EventError::UnknownTag { .. }) {
-                                self.damage(sequence);
+                                self.damage(sequence, now);
                             }
                         }
                     }
@@ -196,7 +201,7 @@ impl Applier {
                 rejected += 1;
                 metrics.reject(error.reason());
                 tracing::debug!(pod = %self.row.id, sequence, %error, "Batch skipped.");
-                self.damage(sequence);
+                self.damage(sequence, now);
             }
         }
         self.scratch = scratch;
@@ -219,6 +224,7 @@ impl Applier {
     /// Whatever was missing or left over is gone with the rest.
     fn cleared(&mut self, sequence: u64) {
         self.index().clear(self.row.slot);
+        self.doubt.forget();
         self.row.update(|status| status.capped = false);
         self.recover();
         if matches!(self.state, PodState::Partial | PodState::Degraded) {
@@ -229,12 +235,28 @@ impl Applier {
     }
 
     /// Something that may have been a removal was lost: count so that the next one heals it.
-    fn damage(&mut self, sequence: u64) {
+    fn damage(&mut self, sequence: u64, now: Instant) {
+        self.lost("unreadable", now);
         if self.damaged.is_none() {
             self.damaged = Some(sequence);
             self.count_mode(Some(CountMode::Set));
             self.publish();
         }
+    }
+
+    /// Removals may have been lost before what is applied from here on.
+    pub(crate) fn lost(&mut self, reason: &str, now: Instant) {
+        self.shared.metrics.losses.with_label_values(&[reason]).inc();
+        let shared = Arc::clone(&self.shared);
+        self.doubt.lost(&**shared.fleet.index(), self.row.slot, now);
+    }
+
+    /// Drops a slice of what has been in doubt for too long; is there more?
+    pub(crate) fn age(&mut self, now: Instant) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let dropped = self.doubt.age(&**shared.fleet.index(), self.row.slot, now);
+        shared.metrics.aged_out_blocks.inc_by(dropped.blocks);
+        dropped.more
     }
 
     fn tier(&self, medium: Option<&str>, locality: Option<&str>) -> TierId {

@@ -49,6 +49,7 @@ impl Lane {
             metrics,
             limits: config.limits.clone(),
             orphan_timeout: config.orphan_timeout,
+            loss: config.loss.clone(),
         });
         let applier = Applier::new(&shared, &row, &PodDeclaration::default());
         Self { applier, fleet, row, now: Instant::now() }

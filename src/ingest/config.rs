@@ -40,6 +40,8 @@ pub struct IngestConfig {
     pub orphan_blocks: usize,
     /// How long they wait.
     pub orphan_timeout: Duration,
+    /// What becomes of blocks when events were lost.
+    pub loss: crate::ingest::loss::LossConfig,
     /// Limits of one batch.
     pub limits: crate::wire::Limits,
     /// Repair over the engine's replay socket.
@@ -65,6 +67,7 @@ impl Default for IngestConfig {
             queue_bytes: 256 << 20,
             orphan_blocks: 65_536,
             orphan_timeout: Duration::from_secs(60),
+            loss: crate::ingest::loss::LossConfig::default(),
             limits: crate::wire::Limits::default(),
             replay: crate::ingest::sequencer::ReplayConfig::default(),
         }

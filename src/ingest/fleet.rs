@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use crate::{
     hash::Scheme,
     index::{BlockIndex, Match, PodSpec},
+    ingest::loss::LossPolicy,
     model::{CountMode, PodSlot, PodState, RequestKey, RowId},
     support::{clock::unix_ns, sync::lock},
 };
@@ -59,6 +60,8 @@ pub struct PodDeclaration {
     pub block_size: Option<u32>,
     /// First sequence of a life of the engine.
     pub first_sequence: u64,
+    /// What becomes of its blocks when events were lost; otherwise as configured for all.
+    pub loss_policy: Option<LossPolicy>,
 }
 
 /// What a row is, fixed for its life.

@@ -31,6 +31,7 @@ pub(crate) enum Item {
     Reset { epoch: u64 },
     Rebuild,
     CountMode(Option<CountMode>),
+    Loss(Reason),
     State(PodState, Reason),
 }
 
@@ -111,6 +112,7 @@ impl Pipe {
                 Item::Reset { epoch } => applier.reset(epoch),
                 Item::Rebuild => applier.rebuild(),
                 Item::CountMode(mode) => applier.count_mode(mode),
+                Item::Loss(reason) => applier.lost(reason.as_str(), now),
                 Item::State(state, reason) => applier.state(state, reason),
             }
         }
@@ -233,7 +235,9 @@ impl Lanes {
 
 fn run(lane: usize, ready: &Ready, pipes: &Mutex<Pipes>) {
     let mut swept = Instant::now();
-    while let Ok(pipe) = ready.pop(HOUSEKEEPING) {
+    // There is more to drop than was dropped at once.
+    let mut pressing = false;
+    while let Ok(pipe) = ready.pop(if pressing { Duration::ZERO } else { HOUSEKEEPING }) {
         if let Some(pipe) = pipe {
             if pipe.turn() {
                 ready.push(pipe);
@@ -246,16 +250,17 @@ fn run(lane: usize, ready: &Ready, pipes: &Mutex<Pipes>) {
             }
         }
         let now = Instant::now();
-        if now.duration_since(swept) >= HOUSEKEEPING {
-            swept = now;
+        if pressing || now.duration_since(swept) >= HOUSEKEEPING {
+            (swept, pressing) = (now, false);
             let own: Vec<Arc<Pipe>> = lock(pipes)
                 .iter()
                 .filter(|(of, _)| *of == lane)
                 .filter_map(|(_, pipe)| pipe.upgrade())
                 .collect();
             for pipe in own {
-                if let Some(applier) = &*lock(&pipe.applier) {
+                if let Some(applier) = &mut *lock(&pipe.applier) {
                     applier.expire_orphans(now);
+                    pressing |= applier.age(now);
                 }
             }
         }

@@ -44,6 +44,10 @@ pub struct IngestMetrics {
     pub orphans: IntCounterVec,
     /// Live engine keys stored again with other tokens or another parent.
     pub conflicting_stores: IntCounter,
+    /// Losses of events that may have been removals, by reason.
+    pub losses: IntCounterVec,
+    /// Blocks dropped because the engine did not name them in time after a loss.
+    pub aged_out_blocks: IntCounter,
     /// Blocks refused because the index is at its cap.
     pub refused_blocks: IntCounter,
     /// Blocks that are held but have no position yet.
@@ -107,6 +111,15 @@ impl IngestMetrics {
             conflicting_stores: counter(
                 "kv_events_conflicting_stores_total",
                 "Live engine keys stored again with other tokens or another parent.",
+            )?,
+            losses: vec(
+                "kv_events_losses_total",
+                "Losses of events that may have been removals, by reason.",
+                "reason",
+            )?,
+            aged_out_blocks: counter(
+                "kv_events_aged_out_blocks_total",
+                "Blocks dropped because the engine did not name them in time after a loss.",
             )?,
             refused_blocks: counter(
                 "kv_events_refused_blocks_total",

@@ -20,7 +20,7 @@ use crate::{
         sequencer::{Action, Message, Reason, Sequencer, SequencerConfig},
     },
     model::{PodState, RowId},
-    wire::{BatchHeader, ReplayReply, Topic, header},
+    wire::{BatchHeader, BatchReader, Event, ReplayReply, Scratch, Topic, header},
 };
 
 /// Payload bytes that wait for a model name at most; it may never come.
@@ -232,8 +232,18 @@ impl Publisher {
             timestamp: header.map_or(f64::NEG_INFINITY, |header| header.timestamp),
             payload_hash: xxh3_64(&payload),
             payload_bytes: payload.len(),
+            begins_cleared: sequence <= self.declaration.first_sequence
+                && self.begins_cleared(&payload),
             payload,
         }
+    }
+
+    fn begins_cleared(&self, payload: &[u8]) -> bool {
+        let reader = BatchReader::new(payload, &self.context.config.limits);
+        let mut scratch = Scratch::default();
+        reader.is_ok_and(|mut reader| {
+            matches!(reader.next_event(&mut scratch), Some(Ok(Event::Cleared)))
+        })
     }
 
     /// Replaces the provisional row by the final one and lets what waited go.
@@ -316,6 +326,7 @@ impl Publisher {
                 Action::Reset { epoch } => self.push(Item::Reset { epoch }),
                 Action::Rebuild => self.push(Item::Rebuild),
                 Action::CountMode(mode) => self.push(Item::CountMode(Some(mode))),
+                Action::Loss(reason) => self.push(Item::Loss(reason)),
                 Action::CountModeDefault => self.push(Item::CountMode(None)),
                 Action::State(state, reason) => self.show(state, reason),
                 Action::Stale(stale) => {

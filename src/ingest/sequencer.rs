@@ -42,11 +42,32 @@
 //! * llm-d asks for no proof after a reconnect, and repairs a pod only by clearing it. Here the
 //!   replay is asked for the last applied message, and a doubtful pod is healed beside the stream.
 //!
+//! # What tells lives apart
+//!
+//! Payload hashes first, then numbers and clocks together; never the clock alone, since a machine's
+//! clock is set back at times, and that must not clear a pod. A new life is:
+//!
+//! * a known sequence with another payload, live or in a replay. The last 1 024 messages are known,
+//!   and the first one of the life for good: so an engine that begins anew is noticed by its first
+//!   message, whatever its clock says;
+//! * an unknown sequence below the expected one with a timestamp newer than all applied;
+//! * the first sequence, unknown because we joined later, if it begins with an `AllBlocksCleared`
+//!   (SGLang) or is the first word after a reconnect;
+//! * [`LATE_RUN`] unknown sequences below the expected one, counting on one after the other on a
+//!   clock that does not run backwards: a life that began unheard on a machine whose clock is
+//!   behind. What is late for other reasons does not count on;
+//! * after a reconnect, a replay that is empty or answers the last applied sequence otherwise.
+//!
+//! A timestamp that runs backwards on the expected sequence is a clock that was set back. Only after
+//! a reconnect that no replay proved harmless it may be another life that has overtaken us: the
+//! blocks are in doubt, and stay.
+//!
 //! # Limits
 //!
-//! An engine that restarts while nobody listens and whose numbers have passed ours when we are
-//! back looks like the same life. Replay tells; a publisher without replay cannot. When the last
-//! applied message has left the replay buffer nothing tells either, so the pod is `degraded`.
+//! An engine that restarts while nobody listens, whose clock is right and whose numbers reach
+//! exactly ours when we are back looks like the same life. Replay tells; a publisher without replay
+//! cannot; whoever is one number further shows as a gap. When the last applied message has left the
+//! replay buffer nothing tells either, so the pod is `degraded`.
 
 use std::time::Instant;
 
@@ -90,6 +111,13 @@ pub struct Sequencer<P> {
     /// Newest timestamp delivered in this epoch.
     newest: f64,
     window: Window,
+    /// Payload hash of the first message of this epoch, once delivered.
+    first_hash: Option<u64>,
+    /// Unknown sequences below the expected one, counting on: the next one, the last one's timestamp,
+    /// how many.
+    late: Option<(u64, f64, u32)>,
+    /// Reconnected, and nothing has shown that it is the same life.
+    unproven: bool,
     held: Held<P>,
     /// What the blocks can be trusted for, leaving a fill under way aside: live, partial, degraded.
     trust: (PodState, Reason),
@@ -108,6 +136,9 @@ pub struct Sequencer<P> {
     plan: HealPlan,
     cooldown_until: Option<Instant>,
 }
+
+/// Late messages that count on before they are taken for a new life.
+const LATE_RUN: u32 = 3;
 
 /// What a live message is, given what came before.
 enum Class {
@@ -143,6 +174,9 @@ impl<P> Sequencer<P> {
             seen: None,
             newest: f64::NEG_INFINITY,
             window: Window::new(),
+            first_hash: None,
+            late: None,
+            unproven: false,
             held: Held::new(),
             trust: (PodState::Live, Reason::None),
             loss_ends: 0,
@@ -241,6 +275,7 @@ impl<P> Sequencer<P> {
             return;
         }
         self.stale = false;
+        self.unproven = true;
         out.push(Action::Stale(false));
         if self.config.replay.is_some() {
             // A replay that was silent may have been the engine's end; it is worth asking anew.
@@ -356,13 +391,14 @@ impl<P> Sequencer<P> {
     /// Payload hash of a message delivered lately or held.
     fn known_hash(&self, sequence: u64) -> Option<u64> {
         if self.applied >= Some(sequence) {
-            self.window.hash(sequence)
+            let first = self.first_hash.filter(|_| sequence == self.first);
+            self.window.hash(sequence).or(first)
         } else {
             self.held.hash(sequence)
         }
     }
 
-    fn classify(&self, message: &Message<P>) -> Class {
+    fn classify(&mut self, message: &Message<P>) -> Class {
         let sequence = message.sequence;
         if let Some(hash) = self.known_hash(sequence) {
             return match hash == message.payload_hash {
@@ -374,7 +410,11 @@ impl<P> Sequencer<P> {
         }
         if self.applied.is_some_and(|applied| sequence <= applied) {
             let newer = message.timestamp > self.newest;
-            return if newer { Class::NewLife } else { Class::Late };
+            let begins = sequence <= self.first
+                && message.timestamp.is_finite()
+                && (self.unproven || message.begins_cleared);
+            let new = newer || begins || self.counts_on(message);
+            return if new { Class::NewLife } else { Class::Late };
         }
         // The same rule while messages wait: a publisher's clock and numbers rise together.
         match self.held.last() {
@@ -383,9 +423,39 @@ impl<P> Sequencer<P> {
         }
     }
 
+    /// Notes a late message; does it end a run of them that count on?
+    fn counts_on(&mut self, message: &Message<P>) -> bool {
+        let &Message { sequence, timestamp, .. } = message;
+        if !timestamp.is_finite() {
+            return false;
+        }
+        let run = match self.late {
+            Some((next, before, run)) if next == sequence && before <= timestamp => run + 1,
+            _ => 1,
+        };
+        self.late = Some((sequence + 1, timestamp, run));
+        run >= LATE_RUN
+    }
+
+    /// A message goes on where the stream was before a reconnect, if nothing has proved yet that
+    /// it is the same stream: then its clock must go on, too.
+    fn check_clock(&mut self, message: &Message<P>, now: Instant, out: &mut Vec<Action<P>>) {
+        if self.fill.as_ref().is_some_and(Fill::verifies) {
+            return;
+        }
+        let unproven = std::mem::take(&mut self.unproven) && self.applied.is_some();
+        if unproven && message.timestamp.is_finite() && message.timestamp < self.newest {
+            let at = message.sequence;
+            self.degrade(Reason::ClockBack { at }, at, out);
+            self.plan_heal(now);
+        }
+    }
+
     /// Takes a message that belongs to this epoch and was not seen before.
     fn fresh(&mut self, message: Message<P>, now: Instant, out: &mut Vec<Action<P>>) {
         self.joined = true;
+        self.late = None;
+        self.check_clock(&message, now, out);
         self.seen = self.seen.max(Some(message.sequence));
         // Below the expected one only as the first message of all: an engine that begins earlier
         // than configured. Nothing is missing then either.
@@ -427,6 +497,7 @@ impl<P> Sequencer<P> {
         self.joined = true;
         if self.applied.is_none() && message.sequence <= self.first {
             self.first = message.sequence;
+            self.first_hash = Some(message.payload_hash);
             self.trusted(out);
         }
         self.window.push(message.sequence, message.payload_hash);
@@ -477,6 +548,7 @@ impl<P> Sequencer<P> {
             self.set_counting = true;
             out.push(Action::CountMode(CountMode::Set));
         }
+        out.push(Action::Loss(reason));
         self.trust = (PodState::Degraded, reason);
         self.loss_ends = ends;
         self.publish(out);
@@ -503,6 +575,7 @@ impl<P> Sequencer<P> {
         self.applied = None;
         self.newest = f64::NEG_INFINITY;
         self.window.clear();
+        (self.first_hash, self.late, self.unproven) = (None, None, false);
         match newer_than {
             Some(timestamp) => self.held.retain_newer(timestamp),
             None => self.held.clear(),

@@ -86,7 +86,7 @@ fn compare_some(
         let told = |usage: &kv_indexer::index::PodUsage| {
             (
                 (usage.blocks, usage.blocks_by_tier.clone(), usage.repeated),
-                (usage.orphans, usage.hybrid_unsupported),
+                (usage.orphans, usage.hybrid_unsupported, usage.unconfirmed),
             )
         };
         if told(&got) != told(&want) {
@@ -275,6 +275,7 @@ enum Bug {
     IgnoresGroups,
     ForgetsTheSecondCopy,
     ForgetsExtras,
+    ForgetsConfirmations,
 }
 
 impl BlockIndex for Broken {
@@ -349,6 +350,17 @@ impl BlockIndex for Broken {
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
         self.inner.removed_at(slot, key)
     }
+    fn doubt(&self, slot: PodSlot) -> u64 {
+        self.inner.doubt(slot)
+    }
+    fn drop_unconfirmed(&self, slot: PodSlot, doubt: u64) -> kv_indexer::index::Dropped {
+        self.inner.drop_unconfirmed(slot, doubt)
+    }
+    fn confirm(&self, slot: PodSlot, keys: &[RequestKey]) {
+        if !matches!(self.bug, Bug::ForgetsConfirmations) {
+            self.inner.confirm(slot, keys);
+        }
+    }
     fn pod_usage(&self, slot: PodSlot) -> kv_indexer::index::PodUsage {
         self.inner.pod_usage(slot)
     }
@@ -366,6 +378,7 @@ fn suite_sees_planted_bugs() {
         Bug::IgnoresGroups,
         Bug::ForgetsTheSecondCopy,
         Bug::ForgetsExtras,
+        Bug::ForgetsConfirmations,
     ] {
         let make = || -> Box<dyn BlockIndex> {
             Box::new(Broken { inner: RunIndex::new(config()), bug, removals: AtomicU64::new(0) })

@@ -14,6 +14,7 @@ pub(crate) mod engine;
 mod hybrid;
 mod identity;
 mod lines;
+mod loss;
 mod orphans;
 mod process;
 mod replay;

@@ -492,6 +492,28 @@ impl Runs {
             + if runs == 0 { 0 } else { heads }
     }
 
+    /// Where the blocks of a prompt lie that somebody holds, as far as is known at this moment.
+    pub(crate) fn trace(&self, keys: &[RequestKey]) -> Vec<(RequestKey, Block)> {
+        let mut blocks = Vec::new();
+        let mut at = 0;
+        let mut snapshot = self.load();
+        while at < keys.len() {
+            match snapshot.find(&keys[at..]) {
+                Ok(Some(found)) => {
+                    let base = split(found.header[SPAN].load(Ordering::Relaxed)).0;
+                    if Snapshot::is_consistent(&found) {
+                        let run = &keys[at..at + found.common as usize];
+                        blocks.extend(run.iter().copied().zip(base..));
+                        at += run.len();
+                    }
+                }
+                Ok(None) => at += 1,
+                Err(Outdated) => snapshot = self.load(),
+            }
+        }
+        blocks
+    }
+
     /// Changes what a row holds of one block, which somebody of the row's holds or pins. `change`
     /// gets the line and the block's offset.
     pub(crate) fn change<T>(

@@ -2,7 +2,7 @@
 
 use super::{HOUR_MS, IndexerConfig, pods::quoted};
 use crate::{
-    ingest::{curve::CurveConfig, discovery::EndpointUse},
+    ingest::{curve::CurveConfig, discovery::EndpointUse, loss::LossPolicy},
     support::{
         fields::{Fields, set},
         units,
@@ -44,6 +44,11 @@ impl IndexerConfig {
         set(&mut out.queue_bytes, units::bytes(events, "queueBytes", MIB..=TIB));
         set(&mut out.orphan_blocks, events.integer("orphanBlocks", 0..=100_000_000));
         set(&mut out.orphan_timeout, events.millis("orphanTimeoutMs", 1..=24 * HOUR_MS));
+
+        let loss = events.mapping("loss");
+        set(&mut out.loss.policy, loss.one_of("policy", &LossPolicy::NAMES));
+        set(&mut out.loss.age_out, loss.millis("ageOutMs", 1..=24 * HOUR_MS));
+        loss.finish();
 
         let limits = events.mapping("limits");
         let to = &mut out.limits;

@@ -6,7 +6,10 @@ use serde_json::{Value, json};
 
 use super::{GrpcTls, IndexerConfig};
 use crate::{
-    hash::Scheme, ingest::fleet::PodDeclaration, model::CountMode, support::tls::TlsVersion,
+    hash::Scheme,
+    ingest::{fleet::PodDeclaration, loss::LossPolicy},
+    model::CountMode,
+    support::tls::TlsVersion,
 };
 
 impl IndexerConfig {
@@ -78,6 +81,10 @@ impl IndexerConfig {
             "queueBytes": events.queue_bytes,
             "orphanBlocks": events.orphan_blocks,
             "orphanTimeoutMs": millis(events.orphan_timeout),
+            "loss": {
+                "policy": events.loss.policy.as_str(),
+                "ageOutMs": millis(events.loss.age_out),
+            },
             "limits": {
                 "payloadBytes": limits.payload_bytes,
                 "events": limits.events,
@@ -174,6 +181,7 @@ fn pod_json(pod: &PodDeclaration) -> Value {
         },
         "blockSize": pod.block_size,
         "firstSequence": pod.first_sequence,
+        "lossPolicy": pod.loss_policy.map(LossPolicy::as_str),
     })
 }
 

@@ -7,6 +7,7 @@ use crate::{
     ingest::{
         discovery::{EndpointUse, MAX_BLOCK_SIZE, MAX_POD_ID_BYTES, MAX_RANK, check_endpoint},
         fleet::PodDeclaration,
+        loss::LossPolicy,
     },
     model::CountMode,
     support::fields::{Fields, Reader},
@@ -83,6 +84,7 @@ fn read_pod(fields: Fields<'_>, bound: bool) -> PodDeclaration {
             .unwrap_or_default(),
         block_size: fields.integer("blockSize", 1..=MAX_BLOCK_SIZE),
         first_sequence: fields.integer("firstSequence", 0..=u64::MAX).unwrap_or_default(),
+        loss_policy: fields.one_of("lossPolicy", &LossPolicy::NAMES),
     };
     fields.finish();
     pod

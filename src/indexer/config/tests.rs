@@ -34,9 +34,10 @@ fn the_effective_configuration_loads_again() {
         "models: [{name: m, hashAlgorithm: xxh64, hashSeed: s}, {name: a}]\n\
          modelAliases: {served: m}\nkvBlockIndexConfig: {capBytes: 1GiB}\n\
          kvCacheBackendConfigs: [{name: CPU, weight: 0.7}]\npodsFile: /p\n\
-         kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', queueBytes: 512MiB}\n\
+         kvEventsConfig: {zmqEndpoint: 'tcp://*:5557', queueBytes: 512MiB, \
+         loss: {policy: clear, ageOutMs: 5}}\n\
          pods: [{id: a, endpoint: 'tcp://h:1', rank: 3, countMode: set, engine: sglang, \
-         firstSequence: 1}]",
+         firstSequence: 1, lossPolicy: age-out}]",
         "grpcTls: {selfSigned: true, minVersion: VersionTLS13, clientCa: /ca, reload: false}\n\
          tokenizers: {models: {m: /m, n: {dir: /n}}, modelsDir: /d, aliases: {x: m}, default: m, \
          threads: 3, queue: 9, budgetMs: 50, cacheBytes: 1MiB, render: {url: 'http://h:1'}}",
@@ -214,7 +215,8 @@ fn pods_are_read_and_checked() {
         "kvEventsConfig: {engineType: sglang}\npods:\n\
          - {id: a, endpoint: 'tcp://10.0.0.1:5557', replayEndpoint: 'tcp://10.0.0.1:5558', \
             model: m, rank: 0, topicFilter: kv, engine: vllm, engineVersion: 0.30.0, \
-            trustUnchained: true, countMode: set, blockSize: 16, firstSequence: 1}\n\
+            trustUnchained: true, countMode: set, blockSize: 16, firstSequence: 1, \
+            lossPolicy: clear}\n\
          - {id: a, rank: 1, endpoint: 'http://10.0.0.1:8000'}\n",
     );
     assert_eq!(
@@ -232,6 +234,7 @@ fn pods_are_read_and_checked() {
             count_mode: crate::model::CountMode::Set,
             block_size: Some(16),
             first_sequence: 1,
+            loss_policy: Some(crate::ingest::loss::LossPolicy::Clear),
         }
     );
     assert_eq!(config.ingest.pods[1].engine, "sglang");

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::{
     hash::Prompt,
-    index::{Match, PodUsage},
+    index::{DROPPED, Match, PodUsage},
     indexer::{
         ScoreError,
         error::echo,
@@ -240,6 +240,14 @@ impl Case<'_> {
                 findings.push(("degraded", format!("degraded{why}: {text}")));
             }
         }
+        if usage.unconfirmed > 0 {
+            let held: u64 = usage.blocks_by_tier.iter().sum();
+            findings.push(("unconfirmed", format!(
+                "{} of {held} blocks have not been named by the engine since events were lost: they \
+                 may be gone there",
+                usage.unconfirmed
+            )));
+        }
         let lost = status.gaps > 0 || status.state == PodState::Partial;
         if lost && status.replays == 0 {
             let text = "events were lost and no replay was ever asked for: the engine needs a \
@@ -354,6 +362,12 @@ impl Case<'_> {
                  blocks before it, or the pod is muted because its hashes are not chained{expected}"
             );
             ("unused", text)
+        } else if index.removed_at(row.slot, key) == Some(DROPPED) {
+            let text = format!(
+                "{block} was dropped here: events were lost, and the engine did not name it in time \
+                 afterwards{expected}"
+            );
+            ("dropped", text)
         } else if let Some(sequence) = index.removed_at(row.slot, key) {
             let text =
                 format!("{block} was removed by the engine at sequence {sequence}{expected}");

@@ -73,6 +73,7 @@ pub(super) fn status_of(
     };
     if let Some((usage, inner)) = usage {
         answer.blocks = usage.blocks;
+        answer.unconfirmed_blocks = usage.unconfirmed;
         let tiers = (0_u8..).zip(&usage.blocks_by_tier).filter(|&(_, &blocks)| blocks > 0);
         answer.blocks_by_tier = tiers
             .map(|(tier, &blocks)| pb::TierBlocks {

@@ -9,6 +9,7 @@ use crate::{
     ingest::{
         discovery::{EndpointUse, MAX_BLOCK_SIZE, check_endpoint},
         fleet::PodDeclaration,
+        loss::LossPolicy,
     },
     model::CountMode,
     proto::kvindexer as pb,
@@ -41,6 +42,16 @@ impl Inner {
                 return Err(ScoreError::invalid("count_mode", why));
             }
         };
+        let loss_policy = match pb::LossPolicy::try_from(request.loss_policy) {
+            Ok(pb::LossPolicy::Unspecified) => None,
+            Ok(pb::LossPolicy::Keep) => Some(LossPolicy::Keep),
+            Ok(pb::LossPolicy::AgeOut) => Some(LossPolicy::AgeOut),
+            Ok(pb::LossPolicy::Clear) => Some(LossPolicy::Clear),
+            Err(_) => {
+                let why = format!("{} is no LossPolicy", request.loss_policy);
+                return Err(ScoreError::invalid("loss_policy", why));
+            }
+        };
         if u64::from(request.block_size) > MAX_BLOCK_SIZE {
             let why = format!("{} is over {MAX_BLOCK_SIZE}", request.block_size);
             return Err(ScoreError::invalid("block_size", why));
@@ -56,6 +67,7 @@ impl Inner {
             topic_filter: request.topic_filter,
             engine: request.engine,
             count_mode,
+            loss_policy,
             block_size: (request.block_size > 0).then_some(request.block_size),
             ..PodDeclaration::default()
         })?;

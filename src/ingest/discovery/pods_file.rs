@@ -9,7 +9,11 @@ use anyhow::{Context, ensure};
 use serde::Deserialize;
 
 use super::{EndpointUse, MAX_BLOCK_SIZE, MAX_POD_ID_BYTES, MAX_RANK};
-use crate::{ingest::fleet::PodDeclaration, model::CountMode, support::watched::WatchedFile};
+use crate::{
+    ingest::{fleet::PodDeclaration, loss::LossPolicy},
+    model::CountMode,
+    support::watched::WatchedFile,
+};
 
 /// Longest file that is read, bytes: tens of thousands of pods.
 const MAX_FILE: u64 = 8 << 20;
@@ -36,6 +40,7 @@ struct Entry {
     block_size: Option<u32>,
     #[serde(default)]
     first_sequence: u64,
+    loss_policy: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -51,7 +56,7 @@ enum CountModeName {
 /// Fields of a pod, as under `pods` of the configuration: `id` (required), `endpoint` (required if
 /// there is no bound socket that the pod could connect to), `replayEndpoint`, `model`, `rank`,
 /// `topicFilter`, `engine` (`vllm`, `sglang`), `engineVersion`, `trustUnchained`, `countMode`
-/// (`counted`, `set`), `blockSize`, `firstSequence`; their meaning is that of [`PodDeclaration`].
+/// (`counted`, `set`), `blockSize`, `firstSequence`, `lossPolicy` (`keep`, `age-out`, `clear`); their meaning is that of [`PodDeclaration`].
 #[derive(Debug)]
 pub struct PodsFile {
     file: WatchedFile,
@@ -126,10 +131,17 @@ fn check(entry: &Entry, bound: bool) -> Result<(), String> {
     if let Some(size) = entry.block_size.filter(|&s| !(1..=MAX_BLOCK_SIZE).contains(&s.into())) {
         return Err(format!("blockSize {size} is not in 1..={MAX_BLOCK_SIZE}"));
     }
+    if let Some(name) = entry.loss_policy.as_deref().filter(|name| policy(name).is_none()) {
+        return Err(format!("lossPolicy {name:?} is none of keep, age-out and clear"));
+    }
     if !matches!(entry.engine.as_str(), "" | "vllm" | "sglang") {
         return Err(format!("engine {:?} is neither vllm nor sglang", entry.engine));
     }
     Ok(())
+}
+
+fn policy(name: &str) -> Option<LossPolicy> {
+    LossPolicy::NAMES.iter().find(|(known, _)| *known == name).map(|(_, policy)| *policy)
 }
 
 impl From<Entry> for PodDeclaration {
@@ -150,6 +162,7 @@ impl From<Entry> for PodDeclaration {
             },
             block_size: entry.block_size,
             first_sequence: entry.first_sequence,
+            loss_policy: entry.loss_policy.as_deref().and_then(policy),
         }
     }
 }
@@ -169,6 +182,7 @@ mod tests {
   engineVersion: 0.5.23
   trustUnchained: true
   countMode: set
+  lossPolicy: age-out
   blockSize: 16
   firstSequence: 1
 - id: b
@@ -193,6 +207,7 @@ mod tests {
                 count_mode: CountMode::Set,
                 block_size: Some(16),
                 first_sequence: 1,
+                loss_policy: Some(LossPolicy::AgeOut),
             }
         );
         let json = r#"[{"id": "b", "endpoint": "http://b:8000"}]"#;
@@ -234,6 +249,7 @@ mod tests {
             ("- {id: a, endpoint: 'tcp://a:1', blockSize: 65537}", "blockSize"),
             ("- {id: a, endpoint: 'tcp://a:1', engine: trt}", "neither vllm nor sglang"),
             ("- {id: a, endpoint: 'tcp://a:1', countMode: both}", "both"),
+            ("- {id: a, endpoint: 'tcp://a:1', lossPolicy: never}", "never"),
             ("- {id: a, endpoint: 'tcp://a:1', blockSize: 0}", "blockSize"),
             ("- {id: a, endpoint: 'tcp://a:1', replayEndpoint: 'http://a:2'}", "replayEndpoint"),
             ("[{id: a, endpoint: 'tcp://a:1'}, {id: a, endpoint: 'tcp://a:2'}]", "pod 1"),

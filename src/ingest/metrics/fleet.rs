@@ -9,6 +9,7 @@ use prometheus::{
 };
 
 use crate::{
+    index::PodUsage,
     ingest::{
         fleet::{Fleet, Row},
         speculation::Speculations,
@@ -61,7 +62,7 @@ impl FleetCollector {
                 let name = self.tiers.name(TierId(tier));
                 series.tier_blocks.with_label_values(&[&*name]).add(gauge(blocks));
             }
-            series.row(row, usage.blocks, now);
+            series.row(row, &usage, now);
         }
         let usage = index.usage();
         series.keys.set(gauge(usage.keys));
@@ -89,6 +90,7 @@ impl Collector for FleetCollector {
 struct Series {
     pods: IntGaugeVec,
     blocks: IntGaugeVec,
+    unconfirmed: IntGaugeVec,
     backlog: IntGaugeVec,
     lag: GaugeVec,
     silent: GaugeVec,
@@ -113,6 +115,11 @@ impl Series {
         Ok(Self {
             pods: gauges("kv_pods", "Rows (pod and rank) by state.", &["state"])?,
             blocks: gauges("kv_pod_blocks", "Engine blocks that the pod holds.", &ROW)?,
+            unconfirmed: gauges(
+                "kv_pod_unconfirmed_blocks",
+                "Blocks per tier that the engine has not named since events were lost.",
+                &ROW,
+            )?,
             backlog: gauges(
                 "kv_pod_backlog_batches",
                 "Batches received and not yet visible to Score.",
@@ -146,10 +153,11 @@ impl Series {
         })
     }
 
-    fn all(&self) -> [&dyn Collector; 16] {
+    fn all(&self) -> [&dyn Collector; 17] {
         [
             &self.pods,
             &self.blocks,
+            &self.unconfirmed,
             &self.backlog,
             &self.lag,
             &self.silent,
@@ -167,14 +175,15 @@ impl Series {
         ]
     }
 
-    fn row(&self, row: &Row, blocks: u64, now: u64) {
+    fn row(&self, row: &Row, usage: &PodUsage, now: u64) {
         let status = row.status();
         let applied = row.now().applied;
         let rank = row.id.rank.map_or_else(String::new, |rank| rank.to_string());
         let labels = [&*row.id.pod, rank.as_str()];
         let state = if status.stale { STALE } else { status.state.as_str() };
         self.pods.with_label_values(&[state]).inc();
-        self.blocks.with_label_values(&labels).set(gauge(blocks));
+        self.blocks.with_label_values(&labels).set(gauge(usage.blocks));
+        self.unconfirmed.with_label_values(&labels).set(gauge(usage.unconfirmed));
         // Before the first batch is applied, how many there are behind the first seen is unknown.
         let backlog = status.seen.map_or(0, |seen| applied.map_or(1, |at| seen.saturating_sub(at)));
         self.backlog.with_label_values(&labels).set(gauge(backlog));

@@ -15,6 +15,9 @@ pub struct Message<P> {
     pub payload_hash: u64,
     /// What holding the message costs, bytes.
     pub payload_bytes: usize,
+    /// It begins with an `AllBlocksCleared`, as SGLang's first batch of a life does. Asked of the
+    /// first sequence only.
+    pub begins_cleared: bool,
     /// Moved through, never looked at.
     pub payload: P,
 }
@@ -34,6 +37,9 @@ pub enum Action<P> {
     Rebuild,
     /// From here on stores and removals add up like this.
     CountMode(CountMode),
+    /// Removals may have been lost before the next [`Action::Deliver`]: whatever is held and not
+    /// named by that one or a later one is in doubt.
+    Loss(Reason),
     /// From here on they add up as configured for the pod.
     CountModeDefault,
     /// True as soon as every action before it has been carried out.
@@ -146,6 +152,12 @@ pub enum Reason {
         /// The first of them.
         at: u64,
     },
+    /// After a reconnect without proof, the publisher's clock is behind: another life, or the same
+    /// one with its clock set back.
+    ClockBack {
+        /// The sequence that came with it.
+        at: u64,
+    },
     /// After a reconnect: is it still the same life of the engine?
     Reconnected,
 }
@@ -161,6 +173,7 @@ impl Reason {
             Self::ReplaySilent => "replay_silent",
             Self::Gap { .. } => "gap",
             Self::Hole { .. } => "hole",
+            Self::ClockBack { .. } => "clock_back",
             Self::Reconnected => "reconnected",
         }
     }
@@ -175,6 +188,7 @@ impl fmt::Display for Reason {
             Self::ReplaySilent => f.write_str("replay silent"),
             Self::Gap { missing, at } => write!(f, "gap of {missing} batches at {at}"),
             Self::Hole { at } => write!(f, "hole in replay at {at}"),
+            Self::ClockBack { at } => write!(f, "clock set back after a reconnect at {at}"),
             Self::Reconnected => f.write_str("checking after a reconnect"),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Action, Message, ReplayConfig, Sequencer, SequencerConfig};
+use super::{Action, Message, Reason, ReplayConfig, Sequencer, SequencerConfig};
 use crate::model::{CountMode, PodState};
 
 /// A receiver that keeps what it is told and asserts that it makes sense.
@@ -19,6 +19,8 @@ pub(crate) struct Receiver {
     /// First sequence of the open replay request.
     pub(crate) replay: Option<u64>,
     set_counting: bool,
+    /// Of this epoch, since a rebuild.
+    pub(crate) losses: Vec<Reason>,
 }
 
 impl Receiver {
@@ -32,6 +34,7 @@ impl Receiver {
             stale: false,
             replay: None,
             set_counting: false,
+            losses: Vec::new(),
         }
     }
 
@@ -54,6 +57,10 @@ impl Receiver {
                 Action::CountMode(mode) => {
                     assert_eq!(mode, CountMode::Set);
                     self.set_counting = true;
+                }
+                Action::Loss(reason) => {
+                    assert!(self.set_counting, "a loss, counting copies");
+                    self.losses.push(reason);
                 }
                 Action::CountModeDefault => self.set_counting = false,
                 Action::State(state, _) => {
@@ -114,11 +121,13 @@ impl Receiver {
 
     fn forget(&mut self) {
         self.delivered.clear();
+        self.losses.clear();
         self.cleared = None;
     }
 
     fn check_state(&self) {
         assert!(self.state != PodState::Degraded || self.set_counting, "degraded, counting copies");
+        assert!(self.state != PodState::Degraded || !self.losses.is_empty(), "degraded, no doubt");
         assert!(self.state != PodState::Live || !self.set_counting, "live with set semantics");
         if self.state != PodState::Live {
             return;
@@ -162,6 +171,7 @@ impl Bytes<'_> {
             timestamp,
             payload_hash: sequence ^ u64::from(what & 3 == 3),
             payload_bytes: usize::from(what & 0x1f),
+            begins_cleared: what & 0xc == 0xc,
             payload: (),
         }
     }
@@ -262,7 +272,9 @@ pub fn is_total(data: &[u8]) {
 }
 
 fn plain(sequence: u64, timestamp: f64) -> Message<()> {
-    Message { sequence, timestamp, payload_hash: sequence, payload_bytes: 8, payload: () }
+    let (payload_hash, payload_bytes) = (sequence, 8);
+    let payload = ();
+    Message { sequence, timestamp, payload_hash, payload_bytes, begins_cleared: false, payload }
 }
 
 #[cfg(test)]

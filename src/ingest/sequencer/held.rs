@@ -49,6 +49,12 @@ impl<P> Held<P> {
         self.messages.last_key_value().map(|(&sequence, message)| (sequence, message.timestamp))
     }
 
+    /// Newest timestamp held.
+    pub(super) fn newest(&self) -> f64 {
+        let timestamps = self.messages.values().map(|message| message.timestamp);
+        timestamps.filter(|at| at.is_finite()).fold(f64::NEG_INFINITY, f64::max)
+    }
+
     /// Takes the message with the lowest sequence.
     pub(super) fn pop(&mut self) -> Option<Message<P>> {
         let (_, message) = self.messages.pop_first()?;

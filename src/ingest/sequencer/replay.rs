@@ -59,6 +59,13 @@ pub(super) struct Fill {
     pub(super) reason: Reason,
 }
 
+impl Fill {
+    /// Does it wait to see whether it is the same life?
+    pub(super) fn verifies(&self) -> bool {
+        self.verify.is_some()
+    }
+}
+
 impl<P> Sequencer<P> {
     /// A message of the open replay. Ignored when none is open.
     pub fn replayed(&mut self, message: Message<P>, now: Instant, out: &mut Vec<Action<P>>) {
@@ -77,8 +84,10 @@ impl<P> Sequencer<P> {
                 return;
             }
             // Whichever of the two is the older life's, what was applied is: start over. What
-            // waits and is newer than the reply stays.
-            self.new_life(Some(message.timestamp), out);
+            // waits and is newer than the reply stays, unless the new life's clock is behind: then
+            // nothing tells whose it is, and the replay has it.
+            let newer_than = Some(message.timestamp).filter(|&at| at > self.newest);
+            self.new_life(newer_than, out);
             self.begin_fill(None, now, out);
         } else if self.fill.is_some() {
             self.fill_reply(message, now, out);
@@ -143,7 +152,7 @@ impl<P> Sequencer<P> {
         self.fill = Some(Fill {
             attempt: Attempt::new(now),
             verify,
-            reconnected_after: self.held.last().map_or(self.newest, |(_, newest)| newest),
+            reconnected_after: self.held.newest().max(self.newest),
             bounded: !self.held.is_empty(),
             from_live,
             reason,
@@ -201,6 +210,7 @@ impl<P> Sequencer<P> {
             fill.verify = None;
             if message.sequence == verify {
                 // Its hash was compared before: same life.
+                self.unproven = false;
                 return self.fill_advanced(now, out);
             }
             // The last applied one rolled out of the engine's buffer: nothing to compare. Even

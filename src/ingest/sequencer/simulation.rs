@@ -19,7 +19,10 @@ const CLEAR: u64 = 1 << 40;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Publish { count: u8, lost: bool },
+    Publish {
+        count: u8,
+        lost: bool,
+    },
     Clear,
     LeaveOut,
     Swap,
@@ -31,7 +34,12 @@ enum Step {
     Wait(u16),
     Disconnect,
     Connect,
-    Restart { noticed: bool },
+    /// The engine's clock is set back by so many seconds.
+    ClockBack(u8),
+    Restart {
+        noticed: bool,
+        behind: bool,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -49,7 +57,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..9000u16).prop_map(Step::Wait),
         1 => Just(Step::Disconnect),
         2 => Just(Step::Connect),
-        1 => any::<bool>().prop_map(|noticed| Step::Restart { noticed }),
+        1 => any::<u8>().prop_map(Step::ClockBack),
+        1 => any::<(bool, bool)>()
+            .prop_map(|(noticed, behind)| Step::Restart { noticed, behind }),
     ]
 }
 
@@ -143,6 +153,7 @@ impl World {
             timestamp: self.clock,
             payload_hash: self.life << 48 | flags | self.next,
             payload_bytes: 10,
+            begins_cleared: false,
             payload: (),
         };
         self.next += 1;
@@ -230,9 +241,11 @@ impl World {
             Step::Repeat(back) => {
                 let at = self.recent.len().checked_sub(usize::from(back) + 1);
                 // What the subscriber never got does not come late, either.
-                let seen = self.sequencer.applied();
+                let heard = |m: &Message<()>| {
+                    self.receiver.delivered.iter().any(|known| known.sequence == m.sequence)
+                };
                 let message = at.and_then(|at| self.recent.get(at)).cloned();
-                if let Some(message) = message.filter(|m| Some(m.sequence) <= seen) {
+                if let Some(message) = message.filter(heard) {
                     self.live(message);
                 }
             }
@@ -253,16 +266,18 @@ impl World {
             Step::Wait(ms) => self.wait(Duration::from_millis(ms.into()), 0),
             Step::Disconnect => self.disconnect(),
             Step::Connect => self.connect(),
-            Step::Restart { noticed } => self.restart(noticed),
+            Step::ClockBack(seconds) => self.clock -= f64::from(seconds),
+            Step::Restart { noticed, behind } => self.restart(noticed, behind),
         }
     }
 
-    fn restart(&mut self, noticed: bool) {
+    fn restart(&mut self, noticed: bool, behind: bool) {
         self.disconnect();
         self.cut();
         self.restarts += 1;
         self.life += 1;
-        self.clock += 1.0;
+        // On another machine, its clock may be behind.
+        self.clock += if behind { -1000.0 } else { 1.0 };
         self.next = self.first;
         self.buffer.clear();
         self.recent.clear();

@@ -85,11 +85,12 @@ fn run(sequencer: &mut Sequencer<()>, input: &str, now: &mut Instant, out: &mut 
     }
 }
 
-/// `3`, `3b`, `3!`, `3-7b`, and several of them.
+/// `3`, `3b`, `3!`, `3-7b`, and several of them; `0b^` begins with a clear, the clock of `3b<` is
+/// behind that of every life.
 fn messages(words: &str) -> impl Iterator<Item = Message<()>> {
     words.split_whitespace().flat_map(|word| {
-        let other = word.ends_with('!');
-        let word = word.trim_end_matches('!');
+        let [other, clears, behind] = ['!', '^', '<'].map(|flag| word.contains(flag));
+        let word = word.trim_end_matches(['!', '^', '<']);
         let life = word.chars().last().filter(char::is_ascii_lowercase);
         let word = word.trim_end_matches(|c: char| c.is_ascii_lowercase());
         let (first, last) = word.split_once('-').unwrap_or((word, word));
@@ -97,9 +98,10 @@ fn messages(words: &str) -> impl Iterator<Item = Message<()>> {
         let (first, last): (u64, u64) = (first.parse().unwrap(), last.parse().unwrap());
         (first..=last).map(move |sequence| Message {
             sequence,
-            timestamp: 1e9 + 1e6 * life as f64 + sequence as f64,
+            timestamp: 1e9 + 1e6 * life as f64 + sequence as f64 - if behind { 1e8 } else { 0.0 },
             payload_hash: life << 60 | u64::from(other) << 59 | sequence,
             payload_bytes: 1000,
+            begins_cleared: clears,
             payload: (),
         })
     })
@@ -129,7 +131,8 @@ fn show(out: &[Action<()>]) -> String {
                     format!("{first}-{}{life}", m.sequence)
                 }
             }
-            Action::Count(Counter::Replay) => continue,
+            // Goes without saying beside a `degraded`; what it is worth is `losses`'s matter.
+            Action::Count(Counter::Replay) | Action::Loss(_) => continue,
             Action::Count(counter) => format!("+{}", counter.as_str()),
             Action::Reset { epoch } => format!("reset({epoch})"),
             Action::Rebuild => "rebuild".to_owned(),

@@ -90,6 +90,18 @@ pub(super) enum Op {
     ExpireOrphans {
         pod: usize,
     },
+    Doubt {
+        pod: usize,
+    },
+    DropUnconfirmed {
+        pod: usize,
+        doubt: u64,
+    },
+    Confirm {
+        pod: usize,
+        path: usize,
+        length: usize,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -136,9 +148,12 @@ pub(super) fn ops(length: usize, pods: usize) -> impl Strategy<Value = Vec<Op>> 
         1 => (pod.clone(), any::<bool>()).prop_map(|(pod, muted)| Op::Mute { pod, muted }),
         2 => path.clone().prop_map(|(pod, path, length, mark)|
             Op::Speculate { pod, path, length, mark }),
-        1 => path.prop_map(|(pod, path, length, mark)|
+        1 => path.clone().prop_map(|(pod, path, length, mark)|
             Op::Unspeculate { pod, path, length, mark }),
-        1 => pod.prop_map(|pod| Op::ExpireOrphans { pod }),
+        1 => pod.clone().prop_map(|pod| Op::ExpireOrphans { pod }),
+        2 => pod.clone().prop_map(|pod| Op::Doubt { pod }),
+        1 => (pod, 0..6u64).prop_map(|(pod, doubt)| Op::DropUnconfirmed { pod, doubt }),
+        2 => path.prop_map(|(pod, path, length, _)| Op::Confirm { pod, path, length }),
     ];
     prop::collection::vec(op, 1..length)
 }
@@ -211,6 +226,9 @@ enum What {
     Speculate(Vec<RequestKey>, u64),
     Unspeculate(Vec<RequestKey>, u64),
     ExpireOrphans,
+    Doubt,
+    DropUnconfirmed(u64),
+    Confirm(Vec<RequestKey>),
 }
 
 #[derive(Clone, Debug)]
@@ -341,6 +359,12 @@ impl World {
                 (*pod, What::Unspeculate(keys.into_iter().take(*length).collect(), *mark))
             }
             Op::ExpireOrphans { pod } => (*pod, What::ExpireOrphans),
+            Op::Doubt { pod } => (*pod, What::Doubt),
+            Op::DropUnconfirmed { pod, doubt } => (*pod, What::DropUnconfirmed(*doubt)),
+            Op::Confirm { pod, path, length } => {
+                let keys = pick(&self.paths, *path).map_or_else(Vec::new, |(p, _)| p.keys(request));
+                (*pod, What::Confirm(keys.into_iter().take(*length).collect()))
+            }
         };
         Event { pod, what }
     }
@@ -521,6 +545,22 @@ impl World {
             What::Mute(muted) => index.set_muted(slot, *muted),
             What::Speculate(keys, mark) => index.speculate(slot, keys, *mark),
             What::Unspeculate(keys, mark) => index.unspeculate(slot, keys, *mark),
+            What::Doubt => {
+                index.doubt(slot);
+            }
+            What::DropUnconfirmed(doubt) => {
+                // One index drops in slices, the other at once.
+                let mut dropped = 0;
+                loop {
+                    let slice = index.drop_unconfirmed(slot, *doubt);
+                    dropped += slice.blocks;
+                    if !slice.more {
+                        break;
+                    }
+                }
+                return StoreOutcome { placed: dropped as u32, ..StoreOutcome::default() };
+            }
+            What::Confirm(keys) => index.confirm(slot, keys),
             What::ExpireOrphans => {
                 // Everything that waits is old.
                 let later = Instant::now() + std::time::Duration::from_secs(1);

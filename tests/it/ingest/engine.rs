@@ -39,6 +39,15 @@ impl Engine {
         })
     }
 
+    /// The same, with this many messages at most that wait for a subscriber; more are dropped.
+    pub(crate) fn bind_with_mark(topic: &str, messages: i32) -> Self {
+        Self::open(topic, |socket| {
+            socket.set_sndhwm(messages).unwrap();
+            socket.bind("tcp://127.0.0.1:*").unwrap();
+            socket.get_last_endpoint().unwrap().unwrap()
+        })
+    }
+
     /// Connects to an indexer that binds.
     pub(crate) fn connect(endpoint: &str, topic: &str) -> Self {
         Self::open(topic, |socket| {

@@ -39,6 +39,7 @@ async fn register_and_unregister_go_to_the_registry() {
         topic_filter: "kv@".into(),
         count_mode: pb::CountMode::Set.into(),
         block_size: 16,
+        loss_policy: pb::LossPolicy::AgeOut.into(),
         ..register("a")
     };
     client.register_pod(full).await.unwrap();
@@ -52,6 +53,7 @@ async fn register_and_unregister_go_to_the_registry() {
         topic_filter: "kv@".into(),
         count_mode: CountMode::Set,
         block_size: Some(16),
+        loss_policy: Some(kv_indexer::ingest::loss::LossPolicy::AgeOut),
         ..PodDeclaration::default()
     };
     assert_eq!(*world.registry.declared.lock().unwrap(), [want]);

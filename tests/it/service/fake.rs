@@ -12,7 +12,9 @@ use std::{
 
 use kv_indexer::{
     hash::{Algorithm, MultimodalItem, Scheme},
-    index::{BlockIndex, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome},
+    index::{
+        BlockIndex, Dropped, IndexUsage, Match, PodSpec, PodUsage, Remove, Store, StoreOutcome,
+    },
     indexer::{
         ApiConfig,
         metrics::ScoreMetrics,
@@ -198,6 +200,13 @@ impl BlockIndex for FakeIndex {
     }
     fn remove(&self, _: PodSlot, _: &Remove<'_>) {}
     fn clear(&self, _: PodSlot) {}
+    fn doubt(&self, _: PodSlot) -> u64 {
+        0
+    }
+    fn drop_unconfirmed(&self, _: PodSlot, _: u64) -> Dropped {
+        Dropped::default()
+    }
+    fn confirm(&self, _: PodSlot, _: &[RequestKey]) {}
     fn set_count_mode(&self, _: PodSlot, _: CountMode) {}
     fn set_muted(&self, _: PodSlot, _: bool) {}
     fn expire_orphans(&self, _: PodSlot, _: Instant) -> usize {

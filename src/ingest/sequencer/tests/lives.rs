@@ -1,6 +1,8 @@
 //! Duplicates, restarts and reconnects.
 
-use super::{check, no_replay, replay};
+use std::time::Instant;
+
+use super::{Action, Sequencer, SequencerConfig, check, no_replay, replay, run};
 
 #[test]
 fn duplicates_late_ones_and_restarts() {
@@ -182,4 +184,135 @@ fn what_cannot_be_verified_is_in_doubt() {
          replay 0b    => 0b
          end          => live",
     );
+}
+
+#[test]
+fn a_life_on_a_clock_that_is_behind_is_noticed() {
+    // By its first message, however long ago ours was.
+    check(
+        &no_replay(),
+        "live 0-2000  => 0 live 1-2000
+         live 0       => +duplicate
+         live 0b<     => +restart reset(2) 0b live",
+    );
+    // We joined later: the first word after a reconnect, or SGLang's clear.
+    check(
+        &no_replay(),
+        "live 5-6     => 5 partial[joined mid-stream, no replay] 6
+         live 0b<     => +late
+         down         => stale
+         up           => fresh
+         live 0b<     => +restart reset(2) 0b live",
+    );
+    check(
+        &no_replay(),
+        "live 5-6     => 5 partial[joined mid-stream, no replay] 6
+         live 0b^<    => +restart reset(2) 0b live",
+    );
+    // Its beginning was not heard: it counts on.
+    check(
+        &no_replay(),
+        "live 0-2000  => 0 live 1-2000
+         live 3b< 4b< => +late +late
+         live 9b<     => +late
+         live 10b<    => +late
+         live 11b<    => +restart reset(2) 11b partial[joined mid-stream, no replay]
+         live 12b<    => 12b",
+    );
+    // What is late in between does not.
+    check(
+        &no_replay(),
+        "live 0-2000  => 0 live 1-2000
+         live 3 4     => +late +late
+         live 2001    => 2001
+         live 5 6     => +late +late
+         live 6 6     => +late +late",
+    );
+    // The replay's word; what waits of the old life goes.
+    check(
+        &replay(),
+        "live 0-3     => 0 live 1-3
+         down         => stale
+         up           => fresh ask(3) replaying[checking after a reconnect]
+         live 6       =>
+         replay 3b<   => +restart reset(2) ask(0) replaying
+         replay 0-3b< => 0-3b
+         end          => live",
+    );
+}
+
+#[test]
+fn a_clock_that_is_set_back_clears_nothing() {
+    check(
+        &no_replay(),
+        "live 0-3     => 0 live 1-3
+         live 4-6<    => 4-6
+         live 5<      => +duplicate",
+    );
+    // Proved by the replay.
+    check(
+        &replay(),
+        "live 0-3     => 0 live 1-3
+         down         => stale
+         up           => fresh ask(3) replaying[checking after a reconnect]
+         replay 3     =>
+         end          => live
+         live 4<      => 4",
+    );
+    // After a reconnect that nothing proved harmless, it may be a life that overtook us.
+    check(
+        &no_replay(),
+        "live 0-3     => 0 live 1-3
+         down         => stale
+         up           => fresh
+         live 4<      => set degraded[clock set back after a reconnect at 4] 4
+         live 5<      => 5
+         live 4000001 => +gap +gap_unfilled degraded[gap of 3999995 batches at 6] 4000001",
+    );
+    check(
+        &no_replay(),
+        "live 0-3     => 0 live 1-3
+         down         => stale
+         up           => fresh
+         live 4       => 4
+         live 5<      => 5",
+    );
+}
+
+/// Each loss puts what is held in doubt once; a flood of lost messages says it no more than once.
+#[test]
+fn losses_are_told_one_by_one() {
+    check_losses(
+        &no_replay(),
+        "live 0 2 3 5; lost 6; lost 7; lost 8; live 9",
+        &["gap of 1 batches at 1", "gap of 1 batches at 4", "gap of 3 batches at 6"],
+    );
+    check_losses(
+        &no_replay(),
+        "live 0; lost 1; lost 2; live 3",
+        &["gap of 1 batches at 1", "gap of 2 batches at 1"],
+    );
+    check_losses(&no_replay(), "live 3 4", &[]);
+    check_losses(&replay(), "live 0 2; replay 2", &["hole in replay at 1"]);
+    check_losses(&replay(), "live 0; live 2; wait 7", &["gap of 1 batches at 1"]);
+    check_losses(
+        &replay(),
+        "live 0; down; up; replay 7",
+        &["replay history starts at 7", "hole in replay at 1"],
+    );
+    check_losses(&replay(), "live 0; live 3; replay 1; wait 9", &["gap of 1 batches at 2"]);
+}
+
+#[track_caller]
+fn check_losses(config: &SequencerConfig, inputs: &str, wanted: &[&str]) {
+    let mut sequencer = Sequencer::new(config.clone());
+    let (mut now, mut out) = (Instant::now(), Vec::new());
+    for input in inputs.split(';') {
+        run(&mut sequencer, input.trim(), &mut now, &mut out);
+    }
+    let losses = out.iter().filter_map(|action| match action {
+        Action::Loss(reason) => Some(reason.to_string()),
+        _ => None,
+    });
+    assert_eq!(losses.collect::<Vec<_>>(), wanted, "{inputs}");
 }
