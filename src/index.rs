@@ -23,6 +23,7 @@
 //! instant during the call, so an answer is exact for every pod to which nothing was applied
 //! meanwhile.
 
+mod image;
 mod joints;
 mod keymap;
 mod ledger;
@@ -34,6 +35,9 @@ pub mod runs;
 mod slots;
 
 use std::{sync::Arc, time::Instant};
+
+pub use self::image::{Anchors, ImageBuilder, ImageError, RowImage};
+pub(crate) use self::image::{Reader, Writer};
 
 use crate::{
     hash::Scheme,
@@ -313,6 +317,28 @@ pub trait BlockIndex: Send + Sync + std::fmt::Debug {
     /// Cost: nothing outside a doubt; in one, a probe per block, and a scan of the engine blocks that
     /// are not exactly a request block each.
     fn confirm(&self, slot: PodSlot, keys: &[RequestKey]);
+    /// Everything that the row holds by events, as of one moment between two writes; `None` for an
+    /// unknown slot, and from an index that cannot. The row's writer waits meanwhile: some
+    /// nanoseconds a block.
+    fn export(&self, _slot: PodSlot) -> Option<RowImage> {
+        None
+    }
+    /// Replaces what the row holds by what an image says; marks stay, it is in no doubt and not
+    /// muted. The image
+    /// must be that of a row with an equal spec. `anchors` are shared by the rows of one snapshot;
+    /// where the image was exported from this very index just now, empty ones will do.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`]; the row then holds nothing.
+    fn restore(
+        &self,
+        _slot: PodSlot,
+        _image: &RowImage,
+        _anchors: &mut Anchors,
+    ) -> Result<(), ImageError> {
+        Err(ImageError::Foreign)
+    }
     /// How much the row holds.
     fn pod_usage(&self, slot: PodSlot) -> PodUsage;
     /// How much the index holds.

@@ -13,6 +13,7 @@ pub mod registry;
 mod run;
 pub mod server;
 pub mod service;
+pub mod snapshot;
 mod tokenizers;
 
 pub use self::{

@@ -30,6 +30,7 @@ pub mod metrics;
 mod peers;
 mod publisher;
 pub mod sequencer;
+pub mod snapshot;
 pub mod speculation;
 mod subscriber;
 
@@ -47,7 +48,7 @@ use self::{
     apply::Shared,
     curve::Keys,
     fleet::{Fleet, PodDeclaration},
-    lane::Lanes,
+    lane::{Lanes, Pipe},
     metrics::IngestMetrics,
     publisher::Context,
     subscriber::{Command, Subscriber},
@@ -70,6 +71,8 @@ pub struct Ingest {
     patience: Duration,
     /// Who declared what, and on which thread it runs.
     declared: Mutex<HashMap<Key, Declared>>,
+    /// From [`stop`](Self::stop) on: the queues of the publishers, which are gone themselves.
+    last: Mutex<Vec<Arc<Pipe>>>,
 }
 
 /// Pod and declared rank.
@@ -140,7 +143,13 @@ impl Ingest {
         let subscribers = (0..threads)
             .map(|number| Subscriber::start(&context, number))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let ingest = Self { context, subscribers, patience: ANSWER, declared: Mutex::default() };
+        let ingest = Self {
+            context,
+            subscribers,
+            patience: ANSWER,
+            declared: Mutex::default(),
+            last: Mutex::default(),
+        };
         if let Some(endpoint) = bind {
             ingest.bind(&endpoint)?;
         }
@@ -288,12 +297,23 @@ impl Ingest {
         Ok(())
     }
 
+    /// Writes a snapshot of every row, also after [`stop`](Self::stop). Blocks for as long as `out`
+    /// does.
+    ///
+    /// # Errors
+    ///
+    /// Those of `out`.
+    pub fn snapshot(&self, out: &mut dyn std::io::Write) -> std::io::Result<snapshot::Exported> {
+        snapshot::write(&self.context.lanes, &self.context.shared, out)
+    }
+
     /// Closes the sockets, applies what is queued for `patience` at most, and joins the threads.
     ///
     /// # Errors
     ///
     /// When not everything was received and applied: a thread panicked, or there was no time.
     pub fn stop(&self, patience: Duration) -> anyhow::Result<()> {
+        *lock(&self.last) = self.context.lanes.pipes();
         // All of them, whatever became of the first.
         let received: Vec<_> = self.subscribers.iter().map(Subscriber::stop).collect();
         self.context.lanes.stop(patience)?;

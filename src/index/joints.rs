@@ -154,6 +154,12 @@ impl Joints {
         changes
     }
 
+    /// Every joint, as it was when it was completed.
+    pub(crate) fn list(&self) -> impl Iterator<Item = Completed> + '_ {
+        let joints = self.joints.iter();
+        joints.map(|(&key, joint)| Completed { key, begin: joint.begin, ends: joint.ends.clone() })
+    }
+
     fn drop_joint(&mut self, key: RequestKey) {
         for (prefix, _) in self.joints.remove(&key).into_iter().flat_map(|joint| joint.ends) {
             if let Some(node) = self.nodes.get_mut(&prefix) {

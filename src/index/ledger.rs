@@ -25,6 +25,7 @@
 //! * What an entry or a joint names lies where it lies, held or not: *spots* pin it, counted.
 
 mod doubt;
+mod export;
 
 use std::{
     collections::{HashMap, VecDeque, hash_map},

@@ -14,8 +14,8 @@ use std::{
 use self::path::{OwnedExtra, Path, Place, own};
 use crate::{
     index::{
-        BlockIndex, DROPPED, Dropped, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove,
-        Store, StoreOutcome,
+        Anchors, BlockIndex, DROPPED, Dropped, ImageError, IndexConfig, IndexUsage, Match, PodSpec,
+        PodUsage, Remove, RowImage, Store, StoreOutcome, image::Content,
     },
     model::{CountMode, EngineKey, GroupKind, PodSlot, RequestKey, TierId},
 };
@@ -29,8 +29,9 @@ pub struct NaiveIndex {
     pods: Mutex<BTreeMap<PodSlot, Pod>>,
 }
 
-#[derive(Debug)]
-struct Pod {
+/// One row.
+#[derive(Clone, Debug)]
+pub(crate) struct Pod {
     spec: PodSpec,
     count_mode: CountMode,
     muted: bool,
@@ -48,7 +49,7 @@ struct Pod {
 }
 
 /// One engine key in one attention group.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Entry {
     counts: BTreeMap<TierId, u32>,
     place: Option<Place>,
@@ -538,6 +539,22 @@ impl BlockIndex for NaiveIndex {
         pods.iter().filter(|(_, pod)| holds(pod)).map(|(slot, _)| *slot).collect()
     }
 
+    fn export(&self, slot: PodSlot) -> Option<RowImage> {
+        let pod = self.pods().get(&slot)?.clone();
+        Some(RowImage { content: Content::Oracle(Arc::new(pod)) })
+    }
+
+    fn restore(&self, slot: PodSlot, image: &RowImage, _: &mut Anchors) -> Result<(), ImageError> {
+        let Content::Oracle(image) = &image.content else { return Err(ImageError::Foreign) };
+        let mut pods = self.pods();
+        let pod = pods.get_mut(&slot).ok_or(ImageError::Full)?;
+        let marks = std::mem::take(&mut pod.marks);
+        // A restored row is in no doubt.
+        let named = image.named.keys().map(|&copy| (copy, 0)).collect();
+        *pod = Pod { marks, named, doubts: 0, muted: false, ..Pod::clone(image) };
+        Ok(())
+    }
+
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
         self.pods().get(&slot)?.removed.get(&key).copied()
     }
@@ -552,7 +569,7 @@ impl BlockIndex for NaiveIndex {
     fn drop_unconfirmed(&self, slot: PodSlot, doubt: u64) -> Dropped {
         let mut pods = self.pods();
         let Some(pod) = pods.get_mut(&slot) else { return Dropped::default() };
-        let before = pod.named.len();
+        let (before, doubt) = (pod.named.len(), doubt.min(pod.doubts));
         for ((key, group, tier), under) in pod.named.clone() {
             if under < doubt {
                 pod.remove(key, group, tier, true, DROPPED);

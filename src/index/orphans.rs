@@ -16,19 +16,20 @@ use crate::{
 };
 
 /// A store that waits: its keys are counted already, only their places are missing.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Orphan {
     pub(crate) part: u8,
     pub(crate) keys: Box<[EngineKey]>,
-    tokens: Box<[u32]>,
-    block_size: usize,
-    extras: Box<[Box<[OwnedExtra]>]>,
-    lora: Option<Box<str>>,
-    at: Instant,
+    pub(crate) tokens: Box<[u32]>,
+    pub(crate) block_size: usize,
+    pub(crate) extras: Box<[Box<[OwnedExtra]>]>,
+    pub(crate) lora: Option<Box<str>>,
+    pub(crate) at: Instant,
 }
 
-#[derive(Debug)]
-enum OwnedExtra {
+/// An [`ExtraKey`] of its own.
+#[derive(Clone, Debug)]
+pub(crate) enum OwnedExtra {
     Text(Box<str>),
     Item(Box<str>, i64),
     Bytes(Box<[u8]>),
@@ -168,6 +169,11 @@ impl Orphans {
             }
         }
         Some((parent, orphan))
+    }
+
+    /// What waits and for which parent, in order of arrival.
+    pub(crate) fn list(&self) -> impl Iterator<Item = (EngineKey, &Orphan)> + '_ {
+        self.waiting.values().map(|(parent, orphan)| (*parent, orphan))
     }
 
     /// Wakes what waits for any of `parents`.

@@ -37,7 +37,7 @@ pub(crate) struct Completed {
 pub(crate) struct Tail {
     pub(crate) tokens: Vec<u32>,
     /// Hash inputs that touch the block so far, each once.
-    extras: SmallVec<[Box<[u8]>; 1]>,
+    pub(crate) extras: SmallVec<[Box<[u8]>; 1]>,
     /// The prefixes that end inside the block so far.
     pub(crate) ends: Ends,
 }

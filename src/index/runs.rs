@@ -55,8 +55,9 @@ use self::{
 };
 use crate::{
     index::{
-        BlockIndex, Dropped, IndexConfig, IndexUsage, Match, PodSpec, PodUsage, Remove, Store,
-        StoreOutcome,
+        Anchors, BlockIndex, Dropped, ImageError, IndexConfig, IndexUsage, Match, PodSpec,
+        PodUsage, Remove, RowImage, Store, StoreOutcome,
+        image::Content,
         ledger::{Ledger, Shared},
         marks::Marks,
         place::Tail,
@@ -403,6 +404,42 @@ impl BlockIndex for RunIndex {
         slots.sort_unstable();
         slots.dedup();
         slots
+    }
+
+    fn export(&self, slot: PodSlot) -> Option<RowImage> {
+        let row = self.row(slot)?;
+        let shared = Shared { runs: &self.runs, marks: &row.marks };
+        let image = lock(&row.ledger).export(shared);
+        Some(RowImage::of_ledger(image))
+    }
+
+    fn restore(
+        &self,
+        slot: PodSlot,
+        image: &RowImage,
+        anchors: &mut Anchors,
+    ) -> Result<(), ImageError> {
+        let Content::Ledger(content) = &image.content else { return Err(ImageError::Foreign) };
+        let spec = self.read(slot, |ledger| ledger.spec().clone()).ok_or(ImageError::Full)?;
+        self.respec(slot, spec.clone());
+        let more = image.blocks() * (Ledger::PLAIN_BYTES + Self::BLOCK_BYTES);
+        if self.total_bytes().saturating_add(more) > self.config.cap_bytes {
+            return Err(ImageError::Full);
+        }
+        let restored = self.with(slot, |ledger, out| {
+            if ledger.seat() == Seats::NONE {
+                return Err(ImageError::Full);
+            }
+            ledger.restore(content, anchors, out)?;
+            let parts = Arc::new(Parts::new(ledger.groups()));
+            self.change_view(|view| view.change(slot, |row| row.parts = parts));
+            Ok(())
+        });
+        let restored = restored.unwrap_or(Err(ImageError::Full));
+        if restored.is_err() {
+            self.respec(slot, spec);
+        }
+        restored
     }
 
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {

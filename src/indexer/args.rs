@@ -57,6 +57,9 @@ pub struct Args {
     /// Tokens per block of models that the file does not list, 1 to 65536.
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub block_size: Option<u32>,
+    /// A running indexer, http://host:port, whose index this one begins with.
+    #[arg(long, value_name = "URL", value_parser = parse_peer)]
+    pub bootstrap_from: Option<String>,
     /// Log lines as text or json.
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -126,6 +129,7 @@ impl Args {
             block_size: self.block_size,
             log_format: self.log_format,
             log_level: self.log_level.clone(),
+            bootstrap_from: self.bootstrap_from.clone(),
         };
         let text = match self.config_path().map(read).transpose() {
             Ok(text) => text.unwrap_or_default(),
@@ -193,6 +197,15 @@ fn read(path: &Path) -> Result<String, Fault> {
 /// Unlike clap's own parser, takes an empty path.
 fn any_path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// A peer's address: plain HTTP/2, as indexers of one cluster speak to each other.
+fn parse_peer(text: &str) -> Result<String, String> {
+    let uri: http::Uri = text.parse().map_err(|error| format!("{error}"))?;
+    if uri.scheme_str() != Some("http") || uri.port_u16().is_none() {
+        return Err("write it like http://10.0.0.1:50051".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 fn parse_level(text: &str) -> Result<String, String> {

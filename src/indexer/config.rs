@@ -23,6 +23,7 @@ mod json;
 mod keys;
 mod pods;
 mod serving;
+mod snapshot;
 mod storage;
 
 use std::{
@@ -34,7 +35,7 @@ use std::{
 
 pub use self::serving::{Auth, GrpcTls, Tokenizers};
 use crate::{
-    indexer::ApiConfig,
+    indexer::{ApiConfig, snapshot::SnapshotConfig},
     ingest::{IngestConfig, fleet::PodDeclaration},
     model::TierTable,
     support::{
@@ -85,6 +86,10 @@ pub struct IndexerConfig {
     pub readiness_grace: Duration,
     /// How long a shutdown may take after that.
     pub drain: Duration,
+    /// Where and when the index is saved.
+    pub snapshot: SnapshotConfig,
+    /// A running indexer, `http://host:port`, whose index this one begins with.
+    pub bootstrap_from: Option<String>,
     /// Publish metrics under llm-d's names, too.
     pub llmd_metrics: bool,
     /// What the document holds that has no effect, or not the expected one.
@@ -114,6 +119,8 @@ impl Default for IndexerConfig {
             ready_timeout: Duration::from_secs(10),
             readiness_grace: Duration::ZERO,
             drain: Duration::from_secs(5),
+            snapshot: SnapshotConfig::default(),
+            bootstrap_from: None,
             llmd_metrics: true,
             warnings: Vec::new(),
         }
@@ -163,6 +170,8 @@ pub struct Flags {
     pub log_format: Option<LogFormat>,
     /// Replaces `log.level`.
     pub log_level: Option<String>,
+    /// A peer whose index the process begins with.
+    pub bootstrap_from: Option<String>,
 }
 
 impl IndexerConfig {
@@ -214,6 +223,8 @@ impl IndexerConfig {
         self.read_process(&root, flags);
         self.read_tls(&root);
         self.read_auth(&root);
+        self.read_snapshot(&root);
+        self.bootstrap_from.clone_from(&flags.bootstrap_from);
         self.read_tokenizers(&root);
         let indexer = root.mapping("indexerConfig");
         if root.is_null("indexerConfig") {

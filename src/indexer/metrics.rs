@@ -12,6 +12,7 @@
 //! [`llmd::register`].
 
 pub mod llmd;
+pub mod snapshot;
 
 use std::{sync::Arc, time::Duration};
 

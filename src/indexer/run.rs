@@ -17,11 +17,13 @@ use crate::{
             FleetCollector, ScoreMetrics, ServerMetrics,
             llmd::{self, IngestTotals, PodTotals},
             reload_metrics,
+            snapshot::SnapshotMetrics,
         },
         pods::{FollowedFile, Pods},
         ready,
         server::{self, Protection},
         service::{Parts, Service},
+        snapshot::{Loader, Snapshots},
         speculation::Speculations,
         tokenizers,
     },
@@ -97,6 +99,22 @@ pub async fn run(
         .iter()
         .map(|pod| RowId { pod: Arc::from(pod.pod.as_str()), rank: pod.rank })
         .collect();
+    // Before anything else writes to the index.
+    let snapshot_metrics = SnapshotMetrics::register(&registry)?;
+    let loader = Loader {
+        fleet: Arc::clone(&fleet),
+        models: config.api.models.clone(),
+        tiers: Arc::clone(&tiers),
+        metrics: snapshot_metrics.clone(),
+    };
+    // A snapshot has no more than the index, whose cap counts more for each block.
+    let most_bytes = config.index_cap_bytes.saturating_mul(2).saturating_add(64 << 20);
+    let peer = config.bootstrap_from.as_deref();
+    let store = loader.start(&config.snapshot, peer, most_bytes).await?;
+    if config.ingest.bind.is_some() {
+        // They come by themselves, so they are waited for as those that are declared.
+        known.extend(fleet.unclaimed().into_iter().map(|(row, _)| row.id.clone()));
+    }
     let ingest = Arc::new(Ingest::start(
         config.ingest.clone(),
         config.api.models.clone(),
@@ -108,6 +126,13 @@ pub async fn run(
         let (fleet, ingest) = (Arc::clone(&fleet), Arc::clone(&ingest));
         llmd::register(&registry, move || totals(&fleet, &ingest, &ingest_metrics))?;
     }
+    let snapshots = Arc::new(Snapshots::new(
+        Arc::clone(&ingest),
+        Arc::clone(&fleet),
+        store,
+        config.snapshot.clone(),
+        snapshot_metrics,
+    ));
     let pods = Arc::new(Pods::new(Arc::clone(&ingest), config.ingest.max_pods));
     for pod in &config.ingest.pods {
         pods.add(pod.clone()).with_context(|| format!("pod {:?} of the configuration", pod.pod))?;
@@ -130,6 +155,7 @@ pub async fn run(
         tokenizer,
         stop: supervisor.stop(Stage::Serve),
     });
+    service.serve_snapshots(Arc::<Snapshots>::clone(&snapshots), config.snapshot.max_streams);
     let Secured { tls, grpc: access, admin: admin_access, metrics: server_metrics } =
         secured(&config, addresses, &registry, &mut supervisor)?;
     let protection = Protection { access, metrics: server_metrics.clone() };
@@ -148,6 +174,8 @@ pub async fn run(
     });
     let discovery = Arc::clone(&pods);
     supervisor.spawn(Stage::Receive, "discovery", |stop| discovery.run_discovery(stop));
+    let saving = Arc::clone(&snapshots);
+    supervisor.spawn(Stage::Receive, "snapshots", |stop| saving.run(stop));
     if let Some(file) = pods_file {
         let every = config.pods_file_poll;
         supervisor.spawn(Stage::Receive, "pods file", |stop| pods.run_file(file, every, stop));
@@ -160,7 +188,9 @@ pub async fn run(
         while runtime.block_on(async { stopped().await.is_err() }) {
             ingest.check()?;
         }
-        ingest.stop(drain)
+        let stopped = ingest.stop(drain);
+        snapshots.last();
+        stopped
     })?;
     let state = ready;
     let routes = Routes::new()

@@ -16,6 +16,7 @@ mod pods;
 mod register;
 mod request;
 mod score;
+mod snapshot;
 mod speculate;
 mod stream;
 mod visible;
@@ -86,6 +87,7 @@ pub(crate) struct Inner {
     stop: CancellationToken,
     /// Readers of the streaming calls.
     tasks: TaskTracker,
+    snapshots: snapshot::Slot,
 }
 
 impl Service {
@@ -106,6 +108,7 @@ impl Service {
                 // A child: closing the services must not stop others who hold the token.
                 stop: stop.child_token(),
                 tasks: TaskTracker::new(),
+                snapshots: snapshot::Slot::new(),
             }),
         }
     }
@@ -254,7 +257,7 @@ impl KvIndexer for Service {
         &self,
         _: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(ScoreError::Unimplemented("Snapshot").into())
+        snapshot::stream(&self.inner).map(Response::new)
     }
 }
 

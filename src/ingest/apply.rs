@@ -6,12 +6,13 @@ use std::{
 };
 
 use crate::{
-    index::{BlockIndex, Extras, Remove, Store, StoreOutcome},
+    index::{BlockIndex, Extras, Remove, RowImage, Store, StoreOutcome},
     ingest::{
         fleet::{Fleet, PodDeclaration, Row},
         loss::{Doubt, LossConfig},
         metrics::IngestMetrics,
         sequencer::Reason,
+        snapshot::RowMark,
     },
     model::{CountMode, ExtraKey, GroupKind, PodState, TierId, TierTable},
     support::clock::unix_ns,
@@ -31,6 +32,38 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) orphan_timeout: Duration,
     pub(crate) loss: LossConfig,
+}
+
+/// Where in its stream a row is, as the next snapshot will say it.
+#[derive(Debug)]
+pub(crate) struct Position {
+    /// Sequence and payload hash of the last batch applied in this life.
+    last: Option<(u64, u64)>,
+    /// Newest timestamp applied in it.
+    newest: f64,
+    /// What the blocks can be trusted for, a replay under way aside.
+    trust: PodState,
+    /// The publisher is declared without a rank.
+    unranked: bool,
+}
+
+impl Position {
+    /// A batch was applied.
+    pub(crate) fn applied(&mut self, sequence: u64, payload_hash: u64, timestamp: f64) {
+        self.last = Some((sequence, payload_hash));
+        if timestamp.is_finite() && timestamp > self.newest {
+            self.newest = timestamp;
+        }
+    }
+
+    /// What comes can be trusted for this.
+    pub(crate) fn trust(&mut self, trust: PodState) {
+        self.trust = trust;
+    }
+
+    fn restart(&mut self) {
+        (self.last, self.newest) = (None, f64::NEG_INFINITY);
+    }
 }
 
 /// See the module's documentation.
@@ -53,6 +86,7 @@ pub(crate) struct Applier {
     scratch: Scratch,
     /// An AllBlocksCleared was applied at (epoch, sequence); for the sequencer.
     cleared: Option<(u64, u64)>,
+    pub(crate) position: Position,
 }
 
 impl Applier {
@@ -80,7 +114,50 @@ impl Applier {
             muted: false,
             scratch: Scratch::default(),
             cleared: None,
+            position: Position {
+                last: None,
+                newest: f64::NEG_INFINITY,
+                trust: PodState::Live,
+                unranked: declaration.rank.is_none(),
+            },
         }
+    }
+
+    /// Goes on from a snapshot, with the row that was restored from it.
+    pub(crate) fn resume(&mut self, mark: &RowMark) {
+        self.epoch = mark.epoch;
+        (self.damaged, self.muted) = (mark.damaged, mark.muted);
+        self.position.last = Some((mark.sequence, mark.payload_hash));
+        (self.position.newest, self.position.trust) = (mark.newest, mark.trust);
+        (self.state, self.reason) = (PodState::Replaying, Reason::Restored);
+        self.count_mode((mark.trust == PodState::Degraded).then_some(CountMode::Set));
+        self.publish();
+    }
+
+    /// What a snapshot says of the row beside its blocks; nothing before the first batch of a life.
+    pub(crate) fn mark(&self) -> Option<RowMark> {
+        let (sequence, payload_hash) = self.position.last?;
+        let row = &self.row;
+        (!row.model.is_empty()).then(|| RowMark {
+            id: row.id.clone(),
+            lead: self.position.unranked,
+            endpoint: Arc::clone(&row.endpoint),
+            model: Arc::clone(&row.model),
+            fingerprint: row.scheme.fingerprint(),
+            epoch: self.epoch,
+            sequence,
+            payload_hash,
+            newest: self.position.newest,
+            trust: self.position.trust,
+            damaged: self.damaged,
+            muted: self.muted,
+            capped: row.status().capped,
+        })
+    }
+
+    /// A copy of the row's blocks.
+    pub(crate) fn image(&self) -> Option<RowImage> {
+        self.index().export(self.row.slot)
     }
 
     fn index(&self) -> &dyn BlockIndex {
@@ -108,6 +185,7 @@ impl Applier {
     }
 
     fn forget(&mut self) {
+        self.position.restart();
         self.index().clear(self.row.slot);
         self.doubt.forget();
         self.row.update(|status| status.capped = false);
@@ -231,6 +309,7 @@ impl Applier {
             self.count_mode(None);
             self.state(PodState::Live, Reason::None);
         }
+        self.position.trust(PodState::Live);
         self.cleared = Some((self.epoch, sequence));
     }
 

@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use crate::{
     hash::Scheme,
     index::{BlockIndex, Match, PodSpec},
-    ingest::loss::LossPolicy,
+    ingest::{loss::LossPolicy, snapshot::RowMark},
     model::{CountMode, PodSlot, PodState, RequestKey, RowId},
     support::{clock::unix_ns, sync::lock},
 };
@@ -133,6 +133,8 @@ pub struct RowStatus {
     /// Some of them belong to what the engine holds now: none was forgotten since by a clear or a
     /// new life.
     pub capped: bool,
+    /// Its blocks are from a snapshot, and no publisher has been declared for it yet.
+    pub restored: bool,
     /// Wall clock of the last applied batch, nanoseconds since the Unix epoch; 0 = never.
     pub last_applied_unix_ns: u64,
 }
@@ -308,6 +310,8 @@ pub struct Fleet {
     writing: Mutex<()>,
     changes: watch::Sender<u64>,
     version: AtomicU64,
+    /// Rows from a snapshot that no publisher has claimed yet.
+    pub(super) restored: Mutex<HashMap<PodSlot, RowMark>>,
 }
 
 impl Fleet {
@@ -322,6 +326,7 @@ impl Fleet {
             writing: Mutex::new(()),
             changes: watch::Sender::new(0),
             version: AtomicU64::new(version),
+            restored: Mutex::default(),
         }
     }
 
@@ -422,6 +427,23 @@ impl Fleet {
         row.update(|status| *status = old.status());
         rows.retain(|row| row.slot != old.slot);
         rows.push(Arc::clone(&row));
+        self.publish(rows);
+        Some(row)
+    }
+
+    /// Puts a row in the place of one that is heard from another address. It keeps everything else.
+    pub(super) fn readdress(&self, old: &Row, endpoint: &str) -> Option<Arc<Row>> {
+        let _writing = lock(&self.writing);
+        let mut rows = self.table.load().rows.clone();
+        let at = rows.iter_mut().find(|row| row.slot == old.slot)?;
+        let row = Row::new(old.id.clone(), old.slot, endpoint, &old.scheme, &old.model);
+        row.update(|status| *status = old.status());
+        let Progress { epoch, applied } = old.now();
+        match applied {
+            Some(sequence) => row.applied(epoch, sequence, unix_ns()),
+            None => row.new_epoch(epoch),
+        }
+        *at = Arc::clone(&row);
         self.publish(rows);
         Some(row)
     }

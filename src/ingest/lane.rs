@@ -27,12 +27,21 @@ const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// What a queue carries, in order.
 #[derive(Debug)]
 pub(crate) enum Item {
-    Batch { sequence: u64, payload: Frame },
-    Reset { epoch: u64 },
+    /// The last two tell the batch apart from others of its number.
+    Batch {
+        sequence: u64,
+        payload: Frame,
+        payload_hash: u64,
+        timestamp: f64,
+    },
+    Reset {
+        epoch: u64,
+    },
     Rebuild,
     CountMode(Option<CountMode>),
     Loss(Reason),
-    State(PodState, Reason),
+    /// What is shown, why, and what the blocks can be trusted for, a replay under way aside.
+    State(PodState, Reason, PodState),
 }
 
 impl Item {
@@ -57,6 +66,8 @@ pub(crate) struct Pipe {
     applier: Mutex<Option<Applier>>,
     /// The last AllBlocksCleared applied, for the sequencer.
     cleared: Mutex<Option<(u64, u64)>>,
+    /// Who copies the row at present; nothing is applied meanwhile.
+    holders: AtomicUsize,
 }
 
 impl Pipe {
@@ -86,14 +97,41 @@ impl Pipe {
         applier
     }
 
+    /// Runs `work` between two items, which wait for it; the lane goes on with other publishers.
+    /// `None` once this one is gone.
+    pub(crate) fn hold<T>(self: &Arc<Self>, work: impl FnOnce(&Applier) -> T) -> Option<T> {
+        self.holders.fetch_add(1, Ordering::SeqCst);
+        let result = lock(&self.applier).as_ref().map(work);
+        self.holders.fetch_sub(1, Ordering::SeqCst);
+        self.wake();
+        result
+    }
+
+    fn is_held(&self) -> bool {
+        self.holders.load(Ordering::SeqCst) > 0
+    }
+
+    /// Puts the pipe on its lane's list if there is something to do and it is not there.
+    fn wake(self: &Arc<Self>) {
+        if !lock(&self.items).is_empty()
+            && !self.is_held()
+            && !self.scheduled.swap(true, Ordering::AcqRel)
+        {
+            self.lane.push(Arc::clone(self));
+        }
+    }
+
     pub(crate) fn take_cleared(&self) -> Option<(u64, u64)> {
         lock(&self.cleared).take()
     }
 
-    /// Applies up to one turn of items; `true` when there are more.
+    /// Applies up to one turn of items; `true` when there are more, and nobody holds the pipe.
     fn turn(&self) -> bool {
         let now = Instant::now();
         for _ in 0..TURN {
+            if self.is_held() {
+                return false;
+            }
             // The applier is locked first: once `close` has it, no item is applied any more.
             let mut applier = lock(&self.applier);
             let Some(item) = lock(&self.items).pop_front() else { return false };
@@ -103,8 +141,9 @@ impl Pipe {
             self.bytes.fetch_sub(item.bytes(), Ordering::Relaxed);
             let Some(applier) = applier.as_mut() else { return false };
             match item {
-                Item::Batch { sequence, payload } => {
+                Item::Batch { sequence, payload, payload_hash, timestamp } => {
                     applier.batch(sequence, &payload, now);
+                    applier.position.applied(sequence, payload_hash, timestamp);
                     if let Some(cleared) = applier.take_cleared() {
                         *lock(&self.cleared) = Some(cleared);
                     }
@@ -113,7 +152,10 @@ impl Pipe {
                 Item::Rebuild => applier.rebuild(),
                 Item::CountMode(mode) => applier.count_mode(mode),
                 Item::Loss(reason) => applier.lost(reason.as_str(), now),
-                Item::State(state, reason) => applier.state(state, reason),
+                Item::State(state, reason, trust) => {
+                    applier.position.trust(trust);
+                    applier.state(state, reason);
+                }
             }
         }
         true
@@ -197,11 +239,17 @@ impl Lanes {
             scheduled: AtomicBool::new(false),
             applier: Mutex::new(Some(applier)),
             cleared: Mutex::default(),
+            holders: AtomicUsize::new(0),
         });
         let mut pipes = lock(&self.pipes);
         pipes.retain(|(_, pipe)| pipe.strong_count() > 0);
         pipes.push((lane, Arc::downgrade(&pipe)));
         pipe
+    }
+
+    /// The queues of all publishers.
+    pub(crate) fn pipes(&self) -> Vec<Arc<Pipe>> {
+        lock(&self.pipes).iter().filter_map(|(_, pipe)| pipe.upgrade()).collect()
     }
 
     /// Has a lane ended? Before [`stop`](Self::stop) none does by itself.
@@ -244,9 +292,7 @@ fn run(lane: usize, ready: &Ready, pipes: &Mutex<Pipes>) {
             } else {
                 pipe.scheduled.store(false, Ordering::Release);
                 // An item that came between the last look and the flag would wait for the next.
-                if !lock(&pipe.items).is_empty() && !pipe.scheduled.swap(true, Ordering::AcqRel) {
-                    ready.push(pipe);
-                }
+                pipe.wake();
             }
         }
         let now = Instant::now();
@@ -257,7 +303,7 @@ fn run(lane: usize, ready: &Ready, pipes: &Mutex<Pipes>) {
                 .filter(|(of, _)| *of == lane)
                 .filter_map(|(_, pipe)| pipe.upgrade())
                 .collect();
-            for pipe in own {
+            for pipe in own.into_iter().filter(|pipe| !pipe.is_held()) {
                 if let Some(applier) = &mut *lock(&pipe.applier) {
                     applier.expire_orphans(now);
                     pressing |= applier.age(now);

@@ -66,6 +66,8 @@ pub(crate) struct Publisher {
     waiting: Option<(VecDeque<Item>, usize)>,
     /// Rank of the first batch that named one, when none is declared.
     learnt: Option<u32>,
+    /// What the lane was told that the blocks can be trusted for.
+    trust: PodState,
     /// Why the row cannot be settled, once that is known.
     blocked: Option<String>,
     /// Where its sockets are made; a share in the context's limit on sockets.
@@ -88,28 +90,48 @@ impl Publisher {
         let model = declaration.model.as_deref().unwrap_or_default();
         let canonical = context.models.canonical(model);
         let id = RowId { pod: Arc::from(declaration.pod.as_str()), rank: declaration.rank };
-        let row = context.shared.fleet.add(
-            id,
-            &declaration.endpoint,
-            context.models.scheme(canonical),
-            &Arc::from(canonical),
-            declaration.count_mode,
-        )?;
+        let fleet = &context.shared.fleet;
+        let (row, mark) = match fleet.claim(declaration, canonical) {
+            Some((row, mark)) => (row, Some(mark)),
+            None => {
+                fleet.drop_restored(&id);
+                let row = fleet.add(
+                    id,
+                    &declaration.endpoint,
+                    context.models.scheme(canonical),
+                    &Arc::from(canonical),
+                    declaration.count_mode,
+                )?;
+                (row, None)
+            }
+        };
         // Whoever sends on our bound socket is connected.
-        row.update(|status| status.connected = declaration.endpoint.is_empty());
-        let pipe = context.lanes.pipe(Applier::new(&context.shared, &row, declaration));
+        row.update(|status| {
+            status.connected = declaration.endpoint.is_empty();
+            status.stale &= !status.connected;
+        });
+        let mut applier = Applier::new(&context.shared, &row, declaration);
+        if let Some(mark) = &mark {
+            applier.resume(mark);
+        }
+        let pipe = context.lanes.pipe(applier);
         let replay = declaration.replay_endpoint.as_ref().map(|_| context.config.replay.clone());
         let config = SequencerConfig { first_sequence: declaration.first_sequence, replay };
         let mut publisher = Self {
             context: Arc::clone(context),
             declaration: Arc::clone(declaration),
-            sequencer: Sequencer::new(config),
+            sequencer: mark.as_ref().map_or_else(
+                || Sequencer::new(config.clone()),
+                |mark| Sequencer::resume(config.clone(), mark),
+            ),
+            trust: mark.as_ref().map_or(PodState::Live, |mark| mark.trust),
+            learnt: mark.as_ref().and_then(|mark| mark.id.rank),
             row,
             pipe,
             // With both known there is nothing to wait for, not even for a first message.
-            waiting: (declaration.model.is_none() || declaration.rank.is_none())
-                .then(Default::default),
-            learnt: None,
+            waiting: (mark.is_none()
+                && (declaration.model.is_none() || declaration.rank.is_none()))
+            .then(Default::default),
             blocked: None,
             zmq: Arc::clone(zmq),
             dealer: None,
@@ -257,6 +279,7 @@ impl Publisher {
             let (context, models) = (&self.context, &self.context.models);
             let model = models.canonical(&model);
             let id = RowId { pod: Arc::clone(&self.row.id.pod), rank };
+            context.shared.fleet.drop_restored(&id);
             if context.shared.fleet.is_taken(&id, self.row.slot) {
                 return self.block(format!("another publisher is {id}, so nothing is indexed"));
             }
@@ -294,6 +317,7 @@ impl Publisher {
             // Fresh rows start as not connected; only a return counts.
             status.reconnections += u64::from(status.stale);
             status.connected = true;
+            status.stale = false;
         });
         self.start(now);
         self.drive(|sequencer, out| sequencer.connected(now, out));
@@ -317,11 +341,18 @@ impl Publisher {
     fn drive(&mut self, input: impl FnOnce(&mut Sequencer<Frame>, &mut Actions)) {
         let mut actions = std::mem::take(&mut self.actions);
         input(&mut self.sequencer, &mut actions);
+        let trust = self.sequencer.trust();
+        let changed = trust != self.trust;
+        self.trust = trust;
+        // Doubt before what it is about, its end after that.
+        if changed && trust != PodState::Live {
+            self.tell();
+        }
         for action in actions.drain(..) {
             match action {
                 Action::Deliver(message) => {
-                    let Message { sequence, payload, .. } = message;
-                    self.push(Item::Batch { sequence, payload });
+                    let Message { sequence, payload, payload_hash, timestamp, .. } = message;
+                    self.push(Item::Batch { sequence, payload, payload_hash, timestamp });
                 }
                 Action::Reset { epoch } => self.push(Item::Reset { epoch }),
                 Action::Rebuild => self.push(Item::Rebuild),
@@ -338,13 +369,16 @@ impl Publisher {
                 Action::Count(counter) => self.context.shared.metrics.notice(counter, &self.row),
             }
         }
+        if changed && trust == PodState::Live {
+            self.tell();
+        }
         self.actions = actions;
         let seen = self.sequencer.seen().max(self.sequencer.applied());
         self.row.update(|status| status.seen = seen);
     }
 
     fn show(&mut self, state: PodState, reason: Reason) {
-        self.push(Item::State(state, reason));
+        self.push(Item::State(state, reason, self.trust));
         if self.waiting.is_some() {
             // Nothing is applied yet, so the state is true at once.
             self.row.update(|status| {
@@ -353,6 +387,12 @@ impl Publisher {
             });
             self.context.shared.fleet.changed();
         }
+    }
+
+    /// Tells the lane again what holds, for a trust that the state does not show.
+    fn tell(&mut self) {
+        let (state, reason) = self.sequencer.state();
+        self.push(Item::State(state, reason, self.trust));
     }
 
     fn push(&mut self, item: Item) {

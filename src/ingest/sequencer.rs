@@ -79,6 +79,7 @@ pub mod fuzz;
 mod heal;
 mod held;
 mod replay;
+mod resume;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
@@ -135,6 +136,8 @@ pub struct Sequencer<P> {
     heal: Option<Heal<P>>,
     plan: HealPlan,
     cooldown_until: Option<Instant>,
+    /// Restored from a snapshot, and no replay has shown yet that the engine is still in that life.
+    restored: bool,
 }
 
 /// Late messages that count on before they are taken for a new life.
@@ -189,12 +192,15 @@ impl<P> Sequencer<P> {
             heal: None,
             plan,
             cooldown_until: None,
+            restored: false,
         }
     }
 
     /// The subscription is set up: begins the replay of the history, if there is one to ask.
     pub fn start(&mut self, now: Instant, out: &mut Vec<Action<P>>) {
-        if !self.joined && self.fill.is_none() && self.config.replay.is_some() {
+        if self.restored {
+            self.prove(now, out);
+        } else if !self.joined && self.fill.is_none() && self.config.replay.is_some() {
             self.begin_fill(None, now, out);
         }
         self.publish(out);
@@ -590,6 +596,7 @@ impl<P> Sequencer<P> {
         self.plan = HealPlan::new(self.config.replay.as_ref());
         self.fill = None;
         self.heal = None;
+        self.restored = false;
     }
 
     /// What is shown: a fill hides `live`, and what a fill that began from `live` will end in,
@@ -602,6 +609,8 @@ impl<P> Sequencer<P> {
             }
         } else if !self.joined {
             return (PodState::Connecting, Reason::None);
+        } else if self.restored && self.trust.0 != PodState::Degraded {
+            return (PodState::Replaying, Reason::Restored);
         }
         self.trust
     }

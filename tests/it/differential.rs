@@ -18,7 +18,10 @@ use std::{
 
 use kv_indexer::{
     hash::{Algorithm, Scheme},
-    index::{BlockIndex, IndexConfig, Match, PodSpec, naive::NaiveIndex, runs::RunIndex},
+    index::{
+        Anchors, BlockIndex, ImageError, IndexConfig, Match, PodSpec, RowImage, naive::NaiveIndex,
+        runs::RunIndex,
+    },
     model::{CountMode, PodSlot, RequestKey},
 };
 use proptest::{
@@ -224,6 +227,66 @@ fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), 
     result.map_err(|failure| failure.to_string())
 }
 
+/// Exports the rows at different moments of a stream, restores them all into an empty index, and
+/// goes on: each row must be what it was at its moment, and change as the oracle's does.
+fn moved(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
+    let mut runner = runner(cases, 1, 4096);
+    let streams = (world::sizes(), ops(60), 0..40usize, 0..40usize);
+    let result = runner.run(&streams, |(sizes, ops, first, step)| {
+        let (subject, oracle) = (make(), NaiveIndex::new(config()));
+        let (new_subject, new_oracle) = (make(), NaiveIndex::new(config()));
+        let mut world = World::new(sizes);
+        for pod in 0..world::PODS {
+            for index in [&*subject, &oracle, &*new_subject, &new_oracle as &dyn BlockIndex] {
+                world.add(pod, index.register(spec(sizes)).unwrap());
+            }
+        }
+        let slots: Vec<PodSlot> = world.slots().collect();
+        let mut images = Vec::new();
+        for (at, op) in ops.iter().enumerate() {
+            while images.len() < slots.len() && at >= first + step % 7 * images.len() {
+                let slot = slots[images.len()];
+                images.push((subject.export(slot).unwrap(), oracle.export(slot).unwrap()));
+            }
+            let event = world.event(op);
+            world.apply(&*subject, &event);
+            world.apply(&oracle, &event);
+        }
+        while images.len() < slots.len() {
+            let slot = slots[images.len()];
+            images.push((subject.export(slot).unwrap(), oracle.export(slot).unwrap()));
+        }
+        let mut anchors = Anchors::default();
+        for (image, _) in &images {
+            image.encode(80, |part| anchors.note(part)).unwrap();
+        }
+        for (&slot, (image, truth)) in slots.iter().zip(&images) {
+            let image = world::through_bytes(image);
+            new_subject.restore(slot, &image, &mut anchors).unwrap();
+            new_oracle.restore(slot, truth, &mut Anchors::default()).unwrap();
+        }
+        let agree = |what: &str, world: &World| {
+            compare(&*new_subject, &new_oracle, world)
+                .map_err(|why| TestCaseError::fail(format!("{what}: {why}")))
+        };
+        agree("restored", &world)?;
+        for op in &ops {
+            let event = world.event(op);
+            world.apply(&*new_subject, &event);
+            world.apply(&new_oracle, &event);
+            agree(&format!("after {op:?}"), &world)?;
+        }
+        for slot in slots {
+            new_subject.unregister(slot);
+        }
+        match new_subject.usage().keys {
+            0 => Ok(()),
+            left => Err(TestCaseError::fail(format!("{left} keys left without pods"))),
+        }
+    });
+    result.map_err(|failure| failure.to_string())
+}
+
 macro_rules! suite {
     ($name:ident, $make:expr) => {
         mod $name {
@@ -245,6 +308,11 @@ macro_rules! suite {
                     let name = format!("{} on {lanes} lanes", stringify!($name));
                     lanes::check(&name, &|| Box::new($make), lanes, 16).unwrap();
                 }
+            }
+
+            #[test]
+            fn goes_on_from_images() {
+                moved(&|| Box::new($make), 64).unwrap();
             }
 
             #[test]
@@ -346,6 +414,17 @@ impl BlockIndex for Broken {
     }
     fn holders(&self, keys: &[RequestKey], block: usize) -> Vec<PodSlot> {
         self.inner.holders(keys, block)
+    }
+    fn export(&self, slot: PodSlot) -> Option<RowImage> {
+        self.inner.export(slot)
+    }
+    fn restore(
+        &self,
+        slot: PodSlot,
+        image: &RowImage,
+        anchors: &mut Anchors,
+    ) -> Result<(), ImageError> {
+        self.inner.restore(slot, image, anchors)
     }
     fn removed_at(&self, slot: PodSlot, key: RequestKey) -> Option<u64> {
         self.inner.removed_at(slot, key)

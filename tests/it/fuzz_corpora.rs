@@ -16,6 +16,7 @@ fn fuzz_corpora_hold() {
         ("body", 20, epp::request::fuzz::body_is_total),
         ("exchange", 12, epp::ext_proc::fuzz::is_total),
         ("scrape", 1, epp::datalayer::page::fuzz::scrape_is_total),
+        ("snapshot", 6, ingest::snapshot::fuzz::is_total),
     ];
     for (target, least, holds) in targets {
         let mut files = 0;

@@ -20,3 +20,4 @@ mod process;
 mod replay;
 pub(crate) mod rig;
 pub(crate) mod script;
+mod snapshots;

@@ -103,7 +103,7 @@ impl Ledger {
 
     /// Drops some of what is unconfirmed since a doubt.
     pub(crate) fn drop_unconfirmed(&mut self, since: u64, out: Shared<'_>) -> Dropped {
-        let before = self.copies();
+        let (before, since) = (self.copies(), since.min(self.doubts));
         let mut looked_at = 0;
         let mut more = self.doubt.is_some();
         while more && looked_at < SLICE {

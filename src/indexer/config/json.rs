@@ -55,6 +55,7 @@ impl IndexerConfig {
             "readyTimeoutMs": millis(self.ready_timeout),
             "readinessGraceMs": millis(self.readiness_grace),
             "drainMs": millis(self.drain),
+            "snapshot": self.snapshot_json(),
             "llmdMetrics": self.llmd_metrics,
         })
     }

@@ -160,6 +160,8 @@ pub enum Reason {
     },
     /// After a reconnect: is it still the same life of the engine?
     Reconnected,
+    /// It began with a snapshot: what came after is asked for, or cannot be, or was in doubt already.
+    Restored,
 }
 
 impl Reason {
@@ -175,6 +177,7 @@ impl Reason {
             Self::Hole { .. } => "hole",
             Self::ClockBack { .. } => "clock_back",
             Self::Reconnected => "reconnected",
+            Self::Restored => "restored",
         }
     }
 }
@@ -190,6 +193,7 @@ impl fmt::Display for Reason {
             Self::Hole { at } => write!(f, "hole in replay at {at}"),
             Self::ClockBack { at } => write!(f, "clock set back after a reconnect at {at}"),
             Self::Reconnected => f.write_str("checking after a reconnect"),
+            Self::Restored => f.write_str("restored from a snapshot"),
         }
     }
 }

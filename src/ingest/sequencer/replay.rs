@@ -210,7 +210,7 @@ impl<P> Sequencer<P> {
             fill.verify = None;
             if message.sequence == verify {
                 // Its hash was compared before: same life.
-                self.unproven = false;
+                self.restored = false;
                 return self.fill_advanced(now, out);
             }
             // The last applied one rolled out of the engine's buffer: nothing to compare. Even
@@ -279,7 +279,7 @@ impl<P> Sequencer<P> {
             self.lost_tail(Loss::Silent, out);
         } else if self.applied.is_none() {
             self.trust = (PodState::Partial, Reason::ReplaySilent);
-        } else if !verifying {
+        } else if !verifying || self.restored {
             // It fell silent short of its end marker: how much is missing, nobody knows.
             self.degrade(Reason::ReplaySilent, self.expected(), out);
         }
@@ -341,6 +341,7 @@ impl<P> Sequencer<P> {
 
     fn finish(&mut self, now: Instant, out: &mut Vec<Action<P>>) {
         self.fill = None;
+        self.restored = false;
         self.close_replay(out);
         self.plan_heal(now);
     }

@@ -9,7 +9,9 @@ use std::{
 
 use kv_indexer::{
     hash::{Algorithm, MultimodalItem, Prompt, Scheme},
-    index::{BlockIndex, Extras, PodSpec, Remove, Store, StoreOutcome},
+    index::{
+        Anchors, BlockIndex, Extras, ImageBuilder, PodSpec, Remove, RowImage, Store, StoreOutcome,
+    },
     model::{CountMode, EngineKey, ExtraKey, GroupKind, PodSlot, RequestKey, TierId},
 };
 use proptest::prelude::*;
@@ -102,6 +104,10 @@ pub(super) enum Op {
         path: usize,
         length: usize,
     },
+    /// The row is exported and restored in place.
+    Restore {
+        pod: usize,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -152,8 +158,9 @@ pub(super) fn ops(length: usize, pods: usize) -> impl Strategy<Value = Vec<Op>> 
             Op::Unspeculate { pod, path, length, mark }),
         1 => pod.clone().prop_map(|pod| Op::ExpireOrphans { pod }),
         2 => pod.clone().prop_map(|pod| Op::Doubt { pod }),
-        1 => (pod, 0..6u64).prop_map(|(pod, doubt)| Op::DropUnconfirmed { pod, doubt }),
+        1 => (pod.clone(), 0..6u64).prop_map(|(pod, doubt)| Op::DropUnconfirmed { pod, doubt }),
         2 => path.prop_map(|(pod, path, length, _)| Op::Confirm { pod, path, length }),
+        2 => pod.prop_map(|pod| Op::Restore { pod }),
     ];
     prop::collection::vec(op, 1..length)
 }
@@ -229,6 +236,7 @@ enum What {
     Doubt,
     DropUnconfirmed(u64),
     Confirm(Vec<RequestKey>),
+    Restore,
 }
 
 #[derive(Clone, Debug)]
@@ -365,6 +373,7 @@ impl World {
                 let keys = pick(&self.paths, *path).map_or_else(Vec::new, |(p, _)| p.keys(request));
                 (*pod, What::Confirm(keys.into_iter().take(*length).collect()))
             }
+            Op::Restore { pod } => (*pod, What::Restore),
         };
         Event { pod, what }
     }
@@ -567,6 +576,10 @@ impl World {
                 let outcome = index.expire_orphans(slot, later);
                 return StoreOutcome { orphaned: outcome as u32, ..StoreOutcome::default() };
             }
+            What::Restore => {
+                let image = index.export(slot).unwrap();
+                index.restore(slot, &through_bytes(&image), &mut Anchors::default()).unwrap();
+            }
         }
         StoreOutcome::default()
     }
@@ -592,6 +605,17 @@ impl World {
         let tokens = (0..blocks * self.sizes.engine).map(|at| 5000 + at).collect();
         Path { tokens, ..Path::default() }.keys(self.sizes.request)
     }
+}
+
+/// What is left of an image after it was written and read; the oracle's has no bytes.
+pub(super) fn through_bytes(image: &RowImage) -> RowImage {
+    let (mut builder, mut parts) = (ImageBuilder::default(), 0);
+    let read = image.encode(50, |part| {
+        parts += 1;
+        builder.add(part)
+    });
+    read.unwrap();
+    if parts == 0 { image.clone() } else { builder.finish() }
 }
 
 fn pick<T>(from: &[T], at: usize) -> Option<&T> {

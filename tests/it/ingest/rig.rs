@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use kv_indexer::proto::kvindexer::{
     ExplainRequest, ListPodsRequest, MultimodalItem, PodState, PodStatus, Prompt,
-    RegisterPodRequest, ScoreRequest, TokenIds, UnregisterPodRequest,
-    kv_indexer_client::KvIndexerClient, prompt::Input,
+    RegisterPodRequest, ScoreRequest, SnapshotChunk, SnapshotRequest, TokenIds,
+    UnregisterPodRequest, kv_indexer_client::KvIndexerClient, prompt::Input,
 };
-use tonic::{Status, transport::Channel};
+use tonic::{Status, Streaming, transport::Channel};
 
 use super::{
     engine::{Engine, Router},
@@ -216,6 +216,32 @@ impl Rig {
             value if value == wanted => Ok(()),
             value => Err(value.to_string()),
         });
+    }
+
+    /// Ends it with SIGKILL.
+    pub(crate) fn kill(self) {
+        let Self { runtime, client, indexer } = self;
+        drop(client);
+        drop(runtime);
+        indexer.kill();
+    }
+
+    /// What `Snapshot` answers, one call.
+    pub(crate) fn snapshot(&mut self) -> Result<Vec<u8>, Status> {
+        self.runtime.block_on(async {
+            let mut stream = self.client.snapshot(SnapshotRequest {}).await?.into_inner();
+            let mut bytes = Vec::new();
+            while let Some(chunk) = stream.message().await? {
+                bytes.extend_from_slice(&chunk.data);
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// Begins a call of `Snapshot` that is not read; it lasts as long as the value.
+    pub(crate) fn begin_snapshot(&mut self) -> Result<Streaming<SnapshotChunk>, Status> {
+        let answer = self.runtime.block_on(self.client.snapshot(SnapshotRequest {}));
+        answer.map(tonic::Response::into_inner)
     }
 
     /// Ends it with SIGTERM; returns what it wrote.
