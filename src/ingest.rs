@@ -376,6 +376,55 @@ mod tests {
         ingest.stop(ANSWER).unwrap();
     }
 
+    /// A thread that is held up, an engine that sends and dies meanwhile: libzmq must go on, and try to
+    /// connect again.
+    #[test]
+    fn an_engine_may_die_while_its_messages_wait() {
+        let config = IngestConfig {
+            receive_high_water_mark: 4,
+            heartbeat: Duration::from_millis(20),
+            reconnect: Duration::from_millis(5),
+            reconnect_max: Duration::from_millis(20),
+            ..IngestConfig::default()
+        };
+        let ingest = ingest(config);
+        let engine = zmq::Context::new().socket(zmq::XPUB).unwrap();
+        engine.set_linger(0).unwrap();
+        engine.set_rcvtimeo(ANSWER.as_millis() as i32).unwrap();
+        engine.bind("tcp://127.0.0.1:*").unwrap();
+        let endpoint = engine.get_last_endpoint().unwrap().unwrap();
+        let pod = PodDeclaration {
+            pod: "a".to_owned(),
+            endpoint: endpoint.clone(),
+            ..PodDeclaration::default()
+        };
+        ingest.add(pod).unwrap();
+        assert_eq!(engine.recv_bytes(0).unwrap().first(), Some(&1), "subscribed");
+        let (go_on, paused) = sync_channel(0);
+        assert!(ingest.subscribers[0].tell(Command::Pause(paused)));
+        for sequence in 0..500_u64 {
+            let number = sequence.to_be_bytes();
+            engine.send_multipart([&b"kv@a@m"[..], &number, &[0; 16_384]], 0).unwrap();
+        }
+        drop(engine);
+        // libzmq's own thread comes back, though ours does not run.
+        let address = endpoint.trim_start_matches("tcp://");
+        let deadline = std::time::Instant::now() + ANSWER;
+        let next = loop {
+            match std::net::TcpListener::bind(address) {
+                Ok(listener) => break listener,
+                Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
+            }
+        };
+        next.set_nonblocking(true).unwrap();
+        while let Err(error) = next.accept() {
+            assert!(std::time::Instant::now() < deadline, "{error}");
+            std::thread::yield_now();
+        }
+        drop(go_on);
+        ingest.stop(ANSWER).unwrap();
+    }
+
     #[test]
     fn an_endpoint_that_cannot_be_used_is_not_want_of_room() {
         let ingest = ingest(IngestConfig::default());

@@ -11,6 +11,7 @@
 mod answers;
 mod deadline;
 mod explain;
+pub mod fuzz;
 mod llmd;
 mod pods;
 mod register;

@@ -24,7 +24,7 @@ pub struct IngestConfig {
     pub max_pods: usize,
     /// Writer threads; each pod is pinned to one.
     pub lanes: usize,
-    /// libzmq's receive queue per connection, messages.
+    /// libzmq's receive queue per replay, messages; live streams have no limit there.
     pub receive_high_water_mark: i32,
     /// ZMTP heartbeat interval; a peer silent for three of them is disconnected.
     pub heartbeat: Duration,

@@ -390,7 +390,11 @@ impl Worker {
         let millis = |duration: Duration| i32::try_from(duration.as_millis()).unwrap_or(i32::MAX);
         let sub = zmq.socket(zmq::SUB)?;
         sub.set_linger(0)?;
-        sub.set_rcvhwm(config.receive_high_water_mark)?;
+        // No limit here. At a limit libzmq stops reading; a connection that breaks then, or whose
+        // heartbeats are not read any more, meets an assertion of its timers (as of 4.3.4) that ends
+        // the process. Every round reads into queues that are bounded, and what waits there behind a
+        // thread that was held up is no more than engines keep for a slow subscriber.
+        sub.set_rcvhwm(0)?;
         sub.set_maxmsgsize(most_frame_bytes(config))?;
         sub.set_ipv6(true)?;
         // Jitter: a fleet's subscribers must not all come back in the same instant.
