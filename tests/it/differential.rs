@@ -29,7 +29,7 @@ use proptest::{
     test_runner::{RngAlgorithm, TestRng, TestRunner},
 };
 
-use self::world::{Op, Sizes, World, ops};
+use self::world::{Op, Sizes, World, ops, ops_beside};
 
 fn config() -> IndexConfig {
     IndexConfig { speculative_weight: 0.9, orphan_blocks: 40, ..IndexConfig::default() }
@@ -170,7 +170,7 @@ fn check(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), Strin
 /// Each pod's stream on a thread of its own, with readers beside them; exact at the end.
 fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
     let mut runner = runner(cases, 12, 0);
-    let streams = (world::sizes(), ops(400, world::PODS));
+    let streams = (world::sizes(), ops_beside(400, world::PODS));
     let result = runner.run(&streams, |(sizes, ops)| {
         let subject = make();
         let oracle = NaiveIndex::new(config());
@@ -231,11 +231,11 @@ fn concurrent(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), 
 /// goes on: each row must be what it was at its moment, and change as the oracle's does.
 fn moved(make: &dyn Fn() -> Box<dyn BlockIndex>, cases: u32) -> Result<(), String> {
     let mut runner = runner(cases, 1, 4096);
-    let streams = (world::sizes(), ops(60), 0..40usize, 0..40usize);
+    let streams = (world::sizes(), ops(60, world::PODS), 0..40usize, 0..40usize);
     let result = runner.run(&streams, |(sizes, ops, first, step)| {
         let (subject, oracle) = (make(), NaiveIndex::new(config()));
         let (new_subject, new_oracle) = (make(), NaiveIndex::new(config()));
-        let mut world = World::new(sizes);
+        let mut world = World::new(sizes, world::PODS);
         for pod in 0..world::PODS {
             for index in [&*subject, &oracle, &*new_subject, &new_oracle as &dyn BlockIndex] {
                 world.add(pod, index.register(spec(sizes)).unwrap());

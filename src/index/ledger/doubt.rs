@@ -33,6 +33,8 @@ type CopyId = (EngineKey, Part, u8);
 pub(super) struct Doubt {
     /// The number of the latest one.
     number: u64,
+    /// Under which all copies had been touched when the first of them began.
+    settled: u64,
     /// Copies touched, and under which doubt last.
     touched: HashMap<CopyId, u64, KeyHash>,
     /// How many of them under the latest.
@@ -55,7 +57,7 @@ impl Doubt {
 
     /// Was it touched since that doubt?
     fn knows(&self, copy: CopyId, since: u64) -> bool {
-        self.touched.get(&copy).is_some_and(|&under| under >= since)
+        self.touched.get(&copy).copied().unwrap_or(self.settled) >= since
     }
 }
 
@@ -65,7 +67,10 @@ impl Ledger {
     pub(crate) fn doubt(&mut self) -> u64 {
         self.doubts += 1;
         if self.copies() > 0 {
-            let doubt = self.doubt.get_or_insert_default();
+            // Without a doubt every copy is known under the latest one.
+            let settled = self.doubts - 1;
+            let new = || Box::new(Doubt { settled, ..Doubt::default() });
+            let doubt = self.doubt.get_or_insert_with(new);
             (doubt.number, doubt.fresh) = (self.doubts, 0);
         }
         self.doubts

@@ -243,6 +243,7 @@ mod tests {
             topic_filter: "kv@".to_owned(),
             count_mode: pb::CountMode::Set.into(),
             block_size: 16,
+            loss_policy: pb::LossPolicy::AgeOut.into(),
         };
         let speculate = pb::SpeculateRequest {
             request: Some(one),

@@ -134,7 +134,7 @@ impl<P> Sequencer<P> {
         out.push(Action::Count(Counter::Healed));
         out.push(Action::Rebuild);
         self.window.clear();
-        self.restored = false;
+        (self.restored, self.unproven) = (false, false);
         self.applied = None;
         self.newest = f64::NEG_INFINITY;
         self.trusted(out);

@@ -210,7 +210,7 @@ impl<P> Sequencer<P> {
             fill.verify = None;
             if message.sequence == verify {
                 // Its hash was compared before: same life.
-                self.restored = false;
+                (self.restored, self.unproven) = (false, false);
                 return self.fill_advanced(now, out);
             }
             // The last applied one rolled out of the engine's buffer: nothing to compare. Even

@@ -23,7 +23,7 @@ use proptest::test_runner::TestCaseError;
 
 use super::{
     EVENTS, Sizes, World, compare, compare_some, config, count, look, report, runner, spec,
-    world::{self, Event, Op, ops},
+    world::{self, Event, Op},
 };
 
 const PODS: usize = 6;
@@ -229,7 +229,7 @@ pub(super) fn check(
     cases: u32,
 ) -> Result<(), String> {
     let before = EVENTS.load(Ordering::Relaxed);
-    let streams = (world::sizes(), ops(600, PODS));
+    let streams = (world::sizes(), world::ops_beside(600, PODS));
     let result = runner(cases, 4, 0).run(&streams, |(sizes, ops)| {
         play(&*make(), lanes, sizes, &ops).map_err(TestCaseError::fail)
     });
@@ -243,7 +243,7 @@ pub(super) fn check(
 fn agrees_with_the_oracle_at_the_cap() {
     let before = EVENTS.load(Ordering::Relaxed);
     let (refused, applied) = (AtomicU64::new(0), AtomicU64::new(0));
-    let streams = (world::sizes(), ops(200, world::PODS));
+    let streams = (world::sizes(), world::ops_beside(200, world::PODS));
     let result = runner(48, 2, 0).run(&streams, |(sizes, ops)| {
         let cap_bytes = CAP >> (ops.len() % 3);
         let subject = RunIndex::new(IndexConfig { cap_bytes, ..config() });

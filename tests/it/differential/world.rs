@@ -123,6 +123,15 @@ pub(super) enum Shape {
     Conflict,
 }
 
+/// As [`ops`], for rows that others write beside, or where there is no room: restoring asks for an
+/// index that nobody else writes to.
+pub(super) fn ops_beside(length: usize, pods: usize) -> impl Strategy<Value = Vec<Op>> {
+    ops(length, pods).prop_map(|mut ops| {
+        ops.retain(|op| !matches!(op, Op::Restore { .. }));
+        ops
+    })
+}
+
 pub(super) fn ops(length: usize, pods: usize) -> impl Strategy<Value = Vec<Op>> {
     let pod = 0..pods;
     let shape = prop_oneof![
