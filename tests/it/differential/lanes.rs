@@ -159,7 +159,7 @@ fn apply(
 fn play(subject: &dyn BlockIndex, lanes: usize, sizes: Sizes, ops: &[Op]) -> Result<(), String> {
     let oracle = NaiveIndex::new(config());
     let mut world = World::new(sizes, PODS);
-    if ops.len() % 2 == 0 {
+    if ops.len().is_multiple_of(2) {
         world.without_windows();
     }
     for pod in 0..PODS {

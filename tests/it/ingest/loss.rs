@@ -213,7 +213,7 @@ fn bounded(rig: &mut Rig, policy: LossPolicy, row: &PodStatus) {
         _ => {
             drop(rig.until("a", "without phantoms", |row| {
                 row.blocks <= 12 && row.unconfirmed_blocks <= 8
-            }))
+            }));
         }
     }
     assert_eq!(rig.depths("m", "1-64"), "a#0=4");
