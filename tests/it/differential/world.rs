@@ -219,6 +219,13 @@ pub(super) struct Event {
     what: What,
 }
 
+impl Event {
+    pub(super) fn names_a_key_twice(&self) -> bool {
+        let What::Store { keys, .. } = &self.what else { return false };
+        (1..keys.len()).any(|at| keys[..at].contains(&keys[at]))
+    }
+}
+
 #[derive(Clone, Debug)]
 enum What {
     Store {
