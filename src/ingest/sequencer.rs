@@ -53,7 +53,7 @@
 //! * an unknown sequence below the expected one with a timestamp newer than all applied;
 //! * the first sequence, unknown because we joined later, if it begins with an `AllBlocksCleared`
 //!   (SGLang) or is the first word after a reconnect;
-//! * [`LATE_RUN`] unknown sequences below the expected one, counting on one after the other on a
+//! * `LATE_RUN` unknown sequences below the expected one, counting on one after the other on a
 //!   clock that does not run backwards: a life that began unheard on a machine whose clock is
 //!   behind. What is late for other reasons does not count on;
 //! * after a reconnect, a replay that is empty or answers the last applied sequence otherwise.

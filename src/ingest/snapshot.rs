@@ -22,7 +22,7 @@
 //! [`load`] reads everything twice: first to check it and to learn where chains begin, then to
 //! restore the rows. It needs the index for itself, so it comes before the first publisher. A
 //! restored row is shown as replaying and stale, and scores; a publisher that is declared for it
-//! [claims](Fleet::claim) it and asks the engine for what came after. What nobody claims is dropped.
+//! claims it and asks the engine for what came after. What nobody claims is dropped.
 //!
 //! # Failure
 //!
