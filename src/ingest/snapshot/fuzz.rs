@@ -5,11 +5,11 @@ use std::{io::Cursor, sync::Arc};
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{MAGIC, SnapshotWriter, VERSION, load, seed};
+use super::{MAGIC, RowMark, SnapshotWriter, VERSION, load, seed};
 use crate::{
     hash::Models,
     index::{IndexConfig, runs::RunIndex},
-    ingest::fleet::Fleet,
+    ingest::fleet::{Fleet, Row},
     model::TierTable,
 };
 
@@ -92,16 +92,29 @@ fn check(file: &[u8]) {
     assert_eq!((reloaded.rows, reloaded.blocks), (loaded.rows, loaded.blocks));
     assert!(reloaded.refused.is_empty(), "{:?}", reloaded.refused);
     assert_eq!(again.index().usage().keys, fleet.index().usage().keys);
+    for ((row, mark), (new, again_mark)) in in_order(&fleet).iter().zip(in_order(&again)) {
+        assert_eq!(*mark, again_mark);
+        let (old, new) = (fleet.index().pod_usage(row.slot), again.index().pod_usage(new.slot));
+        assert_eq!(old, new, "{}", row.id);
+    }
     let count = fleet.table().rows.len();
     assert_eq!(fleet.drop_unclaimed(|_| true).len(), count);
     assert_eq!(fleet.index().usage().keys, 0, "rows leave something");
+}
+
+/// The restored rows in the order in which they were. On it depends which blocks lie in one run, and
+/// so which of those that nobody holds any more are kept for what comes behind them.
+fn in_order(fleet: &Fleet) -> Vec<(Arc<Row>, RowMark)> {
+    let mut rows = fleet.unclaimed();
+    rows.sort_unstable_by_key(|(row, _)| row.slot);
+    rows
 }
 
 /// Writes the restored rows.
 fn write(fleet: &Fleet, tiers: &TierTable, out: &mut Vec<u8>) {
     let wrote = (|| {
         let mut writer = SnapshotWriter::begin(out, tiers)?;
-        for (row, mark) in fleet.unclaimed() {
+        for (row, mark) in in_order(fleet) {
             if let Some(image) = fleet.index().export(row.slot) {
                 writer.row(&mark, &image)?;
             }
