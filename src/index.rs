@@ -185,7 +185,7 @@ pub struct IndexConfig {
     pub cap_bytes: u64,
     /// Blocks per pod that may wait for an unknown parent.
     pub orphan_blocks: usize,
-    /// Rows at most.
+    /// Rows at most; beyond 32 767 it is as many.
     pub max_pods: usize,
 }
 

@@ -118,17 +118,8 @@ pub(crate) fn steady_stream(
                 (parent, length) = (None, 0);
             }
             let hashes: Vec<u64> = (0..blocks).map(|_| random.next()).collect();
-            events.push(Event::BlockStored(BlockStored {
-                block_hashes: hashes.iter().map(|&hash| Hash::Unsigned(hash)).collect(),
-                parent_block_hash: parent.map(Hash::Unsigned),
-                token_ids: Tokens::Plain(random.tokens(blocks as u32 * BLOCK)),
-                block_size: i64::from(BLOCK),
-                medium: Some("GPU".to_owned()),
-                extra_keys: Some(vec![None; blocks]),
-                group_idx: Some(0),
-                kv_cache_spec_kind: Some("full_attention".to_owned()),
-                ..BlockStored::default()
-            }));
+            let tokens = random.tokens(blocks as u32 * BLOCK);
+            events.push(stored(&hashes, parent, tokens));
             parent = hashes.last().copied();
             length += blocks;
             held.extend(hashes);
@@ -136,6 +127,21 @@ pub(crate) fn steady_stream(
             batch.encode(form).expect("encoding to memory")
         })
         .collect()
+}
+
+/// A store on the GPU as vLLM announces it.
+fn stored(hashes: &[u64], parent: Option<u64>, tokens: Vec<u32>) -> Event {
+    Event::BlockStored(BlockStored {
+        block_hashes: hashes.iter().map(|&hash| Hash::Unsigned(hash)).collect(),
+        parent_block_hash: parent.map(Hash::Unsigned),
+        token_ids: Tokens::Plain(tokens),
+        block_size: i64::from(BLOCK),
+        medium: Some("GPU".to_owned()),
+        extra_keys: Some(vec![None; hashes.len()]),
+        group_idx: Some(0),
+        kv_cache_spec_kind: Some("full_attention".to_owned()),
+        ..BlockStored::default()
+    })
 }
 
 /// Batches of one store of `blocks` blocks each, which go on with prompts of 64 blocks; `percent` of
@@ -149,19 +155,9 @@ pub(crate) fn stores(count: usize, blocks: usize, percent: u64, form: Form) -> V
                 (parent, length) = (None, 0);
             }
             let hashes: Vec<u64> = (0..blocks).map(|_| random.next()).collect();
-            let store = BlockStored {
-                block_hashes: hashes.iter().map(|&hash| Hash::Unsigned(hash)).collect(),
-                parent_block_hash: parent.map(Hash::Unsigned),
-                token_ids: Tokens::Plain(random.wide_tokens(blocks as u32 * BLOCK, percent)),
-                block_size: i64::from(BLOCK),
-                medium: Some("GPU".to_owned()),
-                extra_keys: Some(vec![None; blocks]),
-                group_idx: Some(0),
-                kv_cache_spec_kind: Some("full_attention".to_owned()),
-                ..BlockStored::default()
-            };
+            let tokens = random.wide_tokens(blocks as u32 * BLOCK, percent);
+            let events = vec![stored(&hashes, parent, tokens)];
             (parent, length) = (hashes.last().copied(), length + blocks);
-            let events = vec![Event::BlockStored(store)];
             let batch = Batch { timestamp: 1.7e9 + at as f64, events, rank: Some(0) };
             batch.encode(form).expect("encoding to memory")
         })

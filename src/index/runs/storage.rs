@@ -627,7 +627,7 @@ impl Runs {
         segments: &mut SmallVec<[Segment; 4]>,
     ) -> usize {
         let (mut after, mut done) = (path.after, 0);
-        let mut look = self.look();
+        let mut look = None;
         while let Some(&key) = path.keys.get(done) {
             let rest = &path.keys[done..];
             let engine = path.engine.map(|engine| &engine[done..]);
@@ -651,10 +651,7 @@ impl Runs {
             };
             let (mut run, offset, count) = if let Some(found) = found {
                 found
-            } else if let Some(child) = {
-                self.refresh(&mut look);
-                look.head(key)
-            } {
+            } else if let Some(child) = self.newest(&mut parent, &mut look).head(key) {
                 drop(parent);
                 let Some(run) = self.locked(child) else { continue };
                 if run.get(FIRST) != key.0 || run.length() == 0 {
@@ -665,8 +662,7 @@ impl Runs {
             } else {
                 // The parent stays locked until the key is somewhere: nobody else may create it.
                 // A later key may be the first of a run that has outlived the block before it.
-                self.refresh(&mut look);
-                let rest = &rest[..look.strangers(rest)];
+                let rest = &rest[..self.newest(&mut parent, &mut look).strangers(rest)];
                 let appended = match &mut parent {
                     Some(run) if offset == run.length() => run.append(seat, rest, engine),
                     _ => 0,
@@ -694,6 +690,20 @@ impl Runs {
             after = Some(first + count - 1);
         }
         done
+    }
+
+    /// The newest snapshot: what a locked run looks at, or `own`.
+    fn newest<'l>(
+        &self,
+        run: &'l mut Option<Locked<'_>>,
+        own: &'l mut Option<Look>,
+    ) -> &'l Snapshot {
+        let look = match run {
+            Some(run) => &mut run.look,
+            None => own.get_or_insert_with(|| self.look()),
+        };
+        self.refresh(look);
+        look
     }
 
     /// A run of as many of the keys as fit. It is locked and nobody can find it yet.

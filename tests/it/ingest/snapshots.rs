@@ -44,16 +44,22 @@ fn fill(engine: &mut Engine) -> u64 {
     engine.send("store 5 of 65-80 after 4; remove 5")
 }
 
+/// A running indexer that has applied [`fill`], and the last sequence.
+fn filled(yaml: &str, engine: &mut Engine) -> (Rig, u64) {
+    let mut rig = Rig::start(yaml);
+    engine.subscribed();
+    let last = fill(engine);
+    rig.applied("a", last);
+    (rig, last)
+}
+
 #[test]
 fn a_restart_goes_on_from_the_snapshot_of_the_shutdown() {
     let dir = tempfile::tempdir().unwrap();
     let mut engine = Engine::bind("kv@a@m");
     let router = Router::of(&engine);
     let yaml = yaml(&engine, Some(&router), Some(dir.path()), 0);
-    let mut rig = Rig::start(&yaml);
-    engine.subscribed();
-    let last = fill(&mut engine);
-    rig.applied("a", last);
+    let (mut rig, last) = filled(&yaml, &mut engine);
     let before = rig.ask(&Query::new("m", TOKENS));
     assert_eq!(before["a#0"].0, 4);
     let log = rig.finish();
@@ -85,11 +91,7 @@ fn blocks_score_before_their_engine_is_heard() {
     let mut engine = Engine::bind("kv@a@m");
     let router = Router::of(&engine);
     let yaml = yaml(&engine, Some(&router), Some(dir.path()), 0);
-    let mut rig = Rig::start(&yaml);
-    engine.subscribed();
-    let last = fill(&mut engine);
-    rig.applied("a", last);
-    rig.finish();
+    filled(&yaml, &mut engine).0.finish();
     // Nobody is there: the same place, without an engine.
     let elsewhere = yaml.replace(&engine.endpoint, "tcp://127.0.0.1:1");
     let mut rig = Rig::start(&format!("{elsewhere}readyTimeoutMs: 200\n"));
@@ -169,11 +171,7 @@ fn without_replay_a_restored_row_is_degraded() {
     let dir = tempfile::tempdir().unwrap();
     let mut engine = Engine::bind("kv@a@m");
     let yaml = yaml(&engine, None, Some(dir.path()), 0);
-    let mut rig = Rig::start(&format!("{yaml}readyTimeoutMs: 100\n"));
-    engine.subscribed();
-    let last = fill(&mut engine);
-    rig.applied("a", last);
-    rig.finish();
+    filled(&format!("{yaml}readyTimeoutMs: 100\n"), &mut engine).0.finish();
     let mut rig = Rig::start(&yaml);
     let row = rig.state("a", PodState::Degraded);
     assert_eq!(row.reason, "restored from a snapshot", "{row:?}");
@@ -193,11 +191,7 @@ fn a_file_that_is_damaged_or_foreign_is_refused_and_the_start_is_empty() {
     let mut engine = Engine::bind("kv@a@m");
     let router = Router::of(&engine);
     let yaml = yaml(&engine, Some(&router), Some(dir.path()), 0);
-    let mut rig = Rig::start(&yaml);
-    engine.subscribed();
-    let last = fill(&mut engine);
-    rig.applied("a", last);
-    rig.finish();
+    filled(&yaml, &mut engine).0.finish();
     let path = dir.path().join(FILE);
     let good = fs::read(&path).unwrap();
     let mut damaged = good.clone();
@@ -236,11 +230,7 @@ fn rows_that_nobody_declares_are_dropped() {
     let mut engine = Engine::bind("kv@a@m");
     let router = Router::of(&engine);
     let own = yaml(&engine, Some(&router), Some(dir.path()), 0);
-    let mut rig = Rig::start(&own);
-    engine.subscribed();
-    let last = fill(&mut engine);
-    rig.applied("a", last);
-    rig.finish();
+    filled(&own, &mut engine).0.finish();
     let dir = dir.path().display();
     let mut rig = Rig::start(&format!("snapshot: {{dir: '{dir}', intervalMs: 0, graceMs: 300}}\n"));
     eventually("no row", || match rig.rows()[..] {
