@@ -35,8 +35,11 @@ pub(crate) struct Marks {
     line: LineId,
     /// Blocks with marks, for a look without the lock.
     count: AtomicUsize,
-    blocks: Mutex<HashMap<RequestKey, Marked, KeyHash>>,
+    /// None once the row is gone: its mark seat may be another row's by then.
+    blocks: Mutex<Option<Blocks>>,
 }
+
+type Blocks = HashMap<RequestKey, Marked, KeyHash>;
 
 #[derive(Debug)]
 struct Marked {
@@ -49,7 +52,7 @@ impl Marks {
     /// Of a row with this mark seat.
     pub(crate) fn new(seat: Seat) -> Self {
         let line = LineId::new(seat, MARK, 0);
-        Self { line, count: AtomicUsize::new(0), blocks: Mutex::default() }
+        Self { line, count: AtomicUsize::new(0), blocks: Mutex::new(Some(Blocks::default())) }
     }
 
     pub(crate) fn any(&self) -> bool {
@@ -59,6 +62,7 @@ impl Marks {
     /// Marks the leading blocks of a prompt.
     pub(crate) fn mark(&self, keys: &[RequestKey], mark: u64, runs: &Runs) {
         let mut blocks = self.lock();
+        let Some(blocks) = blocks.as_mut() else { return };
         let (mut at, mut after) = (0, None);
         while let Some(key) = keys.get(at) {
             if let Some(marked) = blocks.get_mut(key) {
@@ -110,11 +114,11 @@ impl Marks {
         }
     }
 
-    /// Takes every mark off the row.
+    /// Takes every mark off the row, for good: whoever marks it yet is too late.
     pub(crate) fn forget(&self, runs: &Runs) {
         let mut blocks = self.lock();
         let mut last = None;
-        for (_, marked) in blocks.drain() {
+        for marked in blocks.take().unwrap_or_default().into_values() {
             // Once a run is swept its blocks may be another run's, where there is nothing to sweep.
             let run = runs.owner(marked.block);
             if last != Some(run) {
@@ -128,6 +132,7 @@ impl Marks {
     /// Forgets the blocks of which `is_over` says that no mark is left.
     fn end(&self, keys: &[RequestKey], runs: &Runs, mut is_over: impl FnMut(&mut Marked) -> bool) {
         let mut blocks = self.lock();
+        let Some(blocks) = blocks.as_mut() else { return };
         // Blocks that follow one another within a run go together.
         let mut pending: Option<Segment> = None;
         for key in keys {
@@ -161,7 +166,7 @@ impl Marks {
         runs.change(segment.first, self.line, |line, at| line.unset(at, at + segment.count));
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<RequestKey, Marked, KeyHash>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Blocks>> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

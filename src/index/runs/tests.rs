@@ -474,6 +474,22 @@ fn slots_run_out_and_come_back() {
 }
 
 #[test]
+fn marks_that_come_too_late_are_nobody_elses() {
+    let index = RunIndex::new(IndexConfig::default());
+    let prompt = Prompted::new((0..40).collect());
+    let slot = index.register(spec()).unwrap();
+    index.speculate(slot, &prompt.keys[..20], 1);
+    // A call that has found the row, and goes on when it is gone.
+    let row = index.row(slot).unwrap();
+    index.unregister(slot);
+    row.marks.mark(&prompt.keys, 2, &index.runs);
+    assert_eq!(index.register(spec()), Some(slot));
+    let mut found = Vec::new();
+    index.lookup(&prompt.keys, false, &mut found);
+    assert_eq!((&found[..], index.usage().keys), (&[][..], 0));
+}
+
+#[test]
 fn groups_beyond_the_parts_are_never_scored() {
     let index = RunIndex::new(IndexConfig::default());
     let slot = index.register(wide()).unwrap();
